@@ -1,0 +1,71 @@
+// The front door of peftk._C: one line an op. Pointers cross as addresses (tensor.data_ptr()); checks stand in peftk/ops/<op>/.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "format/dynamic8.h"
+#include "format/nf4.h"
+#include "ops/blockwise8_dequantize/op.h"
+#include "ops/blockwise8_quantize/op.h"
+#include "ops/nf4_dequantize/op.h"
+#include "ops/nf4_quantize/op.h"
+#ifdef PEFTK_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// A pointer parameter becomes an integer one: 0 is nullptr.
+template <class T>
+using Wire = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <class T>
+T unwire(Wire<T> value) {
+  if constexpr (std::is_pointer_v<T>)
+    return reinterpret_cast<T>(value);
+  else
+    return value;
+}
+
+template <class Result, class... Args, class Pick>
+void expose(py::module_& m, const char* name, Result (*)(Args...), Pick pick) {
+  m.def(name, [pick](Wire<Args>... args) {
+    py::gil_scoped_release without_gil;
+    return pick()(unwire<Args>(args)...);
+  });
+}
+
+#define PEFTK_OP(op) expose(m, #op, ::peftk::scalar::op, [] { return PEFTK_TIERED(op); })
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("compiled_tiers", &peftk::compiled_tiers);
+  m.def("available_tiers", &peftk::available_tiers);
+  m.def("tier", &peftk::tier_name);
+  m.def("set_tier", &peftk::set_tier);
+  m.def("find_thread_runtime", &peftk::find_thread_runtime);
+  m.def("code4", [](int quant_type) {
+    const auto& code = peftk::code4(quant_type);
+    return py::make_tuple(std::vector<float>(code.value, code.value + 16), std::vector<float>(code.threshold, code.threshold + 15));
+  });
+  m.def("code8", [](bool is_signed) {
+    const auto& code = peftk::code8(is_signed);
+    return py::make_tuple(std::vector<float>(code.value, code.value + 256), std::vector<float>(code.threshold, code.threshold + 255));
+  });
+#ifdef PEFTK_WITH_CUDA
+  m.def("cuda_devices", &peftk::cuda_devices);
+  m.def("cuda_status", &peftk::cuda_status);
+#endif
+
+  PEFTK_OP(blockwise8_dequantize);
+  PEFTK_OP(blockwise8_quantize);
+  PEFTK_OP(nf4_dequantize);
+  PEFTK_OP(nf4_quantize);
+}

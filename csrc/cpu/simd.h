@@ -1,0 +1,23 @@
+// The vocabulary of element-wise kernels: vectors of kLanes fp32 or uint32, one implementation per tier. Knows no op.
+//
+//   F32, U32                       a vector each
+//   load(T*), store(T*, F32)       fp32 | bf16 | fp16 in memory, fp32 in registers; rounding to nearest even, denormals kept
+//   stream(T*, F32)                store past the cache; aligned to the vector's bytes
+//   Table16 / lookup               16 fp32 by the low four bits of each lane
+//   rank16                         number of a Thresholds16's 15 ascending thresholds that are strictly below x; 0 for NaN
+//   rank256                        the same for 255 thresholds in memory
+//   nibbles, pack_nibbles          kLanes/2 bytes <-> kLanes codes; even elements in the high nibble
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "format/dtype.h"
+
+#if defined(PEFTK_TIER_IS_AVX512) || defined(PEFTK_TIER_IS_AVX512_BF16)
+#include "cpu/simd_avx512.h"
+#elif defined(PEFTK_TIER_IS_AVX2)
+#include "cpu/simd_avx2.h"
+#else
+#include "cpu/simd_scalar.h"
+#endif

@@ -1,0 +1,115 @@
+// The vocabulary of simd.h on AVX2 with FMA and F16C: eight lanes.
+#pragma once
+#include <immintrin.h>
+
+namespace peftk::PEFTK_TIER {
+
+inline constexpr int kLanes = 8;
+
+struct F32 {
+  __m256 v;
+};
+struct U32 {
+  __m256i v;
+};
+
+inline F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline F32 load(const Bf16* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
+}
+inline F32 load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+
+inline __m128i to_bf16(F32 x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+inline __m128i to_f16(F32 x) { return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
+inline void store(Bf16* p, F32 x) { _mm_storeu_si128((__m128i*)p, to_bf16(x)); }
+inline void store(F16* p, F32 x) { _mm_storeu_si128((__m128i*)p, to_f16(x)); }
+inline void stream(float* p, F32 x) { _mm256_stream_ps(p, x.v); }
+inline void stream(Bf16* p, F32 x) { _mm_stream_si128((__m128i*)p, to_bf16(x)); }
+inline void stream(F16* p, F32 x) { _mm_stream_si128((__m128i*)p, to_f16(x)); }
+inline void stream_fence() { _mm_sfence(); }
+
+inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+
+inline U32 zero_bits() { return {_mm256_setzero_si256()}; }
+inline U32 max_magnitude_bits(U32 so_far, F32 x) {
+  return {_mm256_max_epu32(so_far.v, _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff)))};
+}
+inline std::uint32_t reduce_max(U32 x) {
+  __m128i best = _mm_max_epu32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+  best = _mm_max_epu32(best, _mm_shuffle_epi32(best, 0x4e));
+  best = _mm_max_epu32(best, _mm_shuffle_epi32(best, 0xb1));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(best));
+}
+
+struct Table16 {
+  __m256 low, high;
+};
+inline Table16 load_table16(const float* value) { return {_mm256_loadu_ps(value), _mm256_loadu_ps(value + 8)}; }
+// vpermps reads bits 2:0; bit 3, shifted into the sign, chooses the half.
+inline F32 lookup(Table16 table, U32 index) {
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28));
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index.v), _mm256_permutevar8x32_ps(table.high, index.v), upper)};
+}
+inline U32 lookup_bits(const std::uint32_t* table, U32 index) {
+  return {_mm256_castps_si256(lookup(load_table16(reinterpret_cast<const float*>(table)), index).v)};
+}
+
+struct Thresholds16 {
+  const float* value;
+};
+inline Thresholds16 load_thresholds16(const float* value) { return {value}; }
+inline U32 rank16(Thresholds16 thresholds, F32 x) {
+  __m256i rank = _mm256_setzero_si256();
+  for (int t = 0; t < 15; t++) {
+    const __m256 above = _mm256_cmp_ps(x.v, _mm256_broadcast_ss(thresholds.value + t), _CMP_GT_OQ);
+    rank = _mm256_sub_epi32(rank, _mm256_castps_si256(above));
+  }
+  return {rank};
+}
+inline U32 rank256(const float* thresholds, F32 x) {
+  __m256i rank = _mm256_setzero_si256();
+  for (int step = 128; step; step >>= 1) {
+    const __m256 probe = _mm256_i32gather_ps(thresholds, _mm256_add_epi32(rank, _mm256_set1_epi32(step - 1)), 4);
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, probe, _CMP_GT_OQ));
+    rank = _mm256_add_epi32(rank, _mm256_and_si256(above, _mm256_set1_epi32(step)));
+  }
+  return {rank};
+}
+
+inline U32 nibbles(const std::uint8_t* packed) {
+  std::int32_t four;
+  std::memcpy(&four, packed, 4);
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  return {_mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32))};
+}
+inline void pack_nibbles(std::uint8_t* packed, U32 code) {
+  const __m256i bytes = _mm256_or_si256(_mm256_slli_epi64(code.v, 4), _mm256_srli_epi64(code.v, 32));
+  const __m256i gather = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                          0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i pairs = _mm256_shuffle_epi8(bytes, gather);
+  const std::uint32_t low = static_cast<std::uint32_t>(_mm256_extract_epi16(pairs, 0));
+  const std::uint32_t high = static_cast<std::uint32_t>(_mm256_extract_epi16(pairs, 8));
+  const std::uint32_t four = low | high << 16;
+  std::memcpy(packed, &four, 4);
+}
+inline void store_bytes(std::uint8_t* out, U32 x) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+  _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(words, words));
+}
+inline F32 lookup256(const float* table, const std::uint8_t* index) {
+  return {_mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index)), 4)};
+}
+
+}  // namespace peftk::PEFTK_TIER

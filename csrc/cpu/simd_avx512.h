@@ -1,0 +1,97 @@
+// The vocabulary of simd.h on AVX-512 (F, BW, VL, DQ): sixteen lanes.
+#pragma once
+#include <immintrin.h>
+
+namespace peftk::PEFTK_TIER {
+
+inline constexpr int kLanes = 16;
+
+struct F32 {
+  __m512 v;
+};
+struct U32 {
+  __m512i v;
+};
+
+inline F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F32 load(const Bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline F32 load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+
+// vcvtneps2bf16 would flush denormals, so the rounding is done on the bits; a NaN becomes the quiet one, as in torch.
+inline __m256i to_bf16(F32 x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+inline __m256i to_f16(F32 x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+inline void store(Bf16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+inline void store(F16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, to_f16(x)); }
+inline void stream(float* p, F32 x) { _mm512_stream_ps(p, x.v); }
+inline void stream(Bf16* p, F32 x) { _mm256_stream_si256((__m256i*)p, to_bf16(x)); }
+inline void stream(F16* p, F32 x) { _mm256_stream_si256((__m256i*)p, to_f16(x)); }
+inline void stream_fence() { _mm_sfence(); }
+
+inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+inline U32 zero_bits() { return {_mm512_setzero_si512()}; }
+inline U32 max_magnitude_bits(U32 so_far, F32 x) {
+  return {_mm512_max_epu32(so_far.v, _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)))};
+}
+inline std::uint32_t reduce_max(U32 x) { return _mm512_reduce_max_epu32(x.v); }
+
+struct Table16 {
+  __m512 v;
+};
+inline Table16 load_table16(const float* value) { return {_mm512_loadu_ps(value)}; }
+inline F32 lookup(Table16 table, U32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }  // reads bits 3:0
+inline U32 lookup_bits(const std::uint32_t* table, U32 index) {
+  return {_mm512_permutexvar_epi32(index.v, _mm512_loadu_si512(table))};
+}
+
+struct Thresholds16 {
+  __m512 v;
+};
+inline Thresholds16 load_thresholds16(const float* value) { return {_mm512_loadu_ps(value)}; }
+// Binary search in a register: 4 permutes and compares where the plain sum of compares takes 15.
+inline U32 rank16(Thresholds16 thresholds, F32 x) {
+  __m512i rank = _mm512_setzero_si512();
+  for (int step = 8; step; step >>= 1) {
+    const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
+    const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(probe, thresholds.v), _CMP_GT_OQ);
+    rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
+  }
+  return {rank};
+}
+inline U32 rank256(const float* thresholds, F32 x) {
+  __m512i rank = _mm512_setzero_si512();
+  for (int step = 128; step; step >>= 1) {
+    const __m512 probe = _mm512_i32gather_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(step - 1)), thresholds, 4);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(x.v, probe, _CMP_GT_OQ), rank, _mm512_set1_epi32(step));
+  }
+  return {rank};
+}
+
+// One byte in each 64-bit lane: its high nibble belongs to the even dword, its low nibble to the odd one. Bits above 3:0 stay.
+inline U32 nibbles(const std::uint8_t* packed) {
+  const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)packed));
+  return {_mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32))};
+}
+inline void pack_nibbles(std::uint8_t* packed, U32 code) {
+  const __m512i bytes = _mm512_or_si512(_mm512_slli_epi64(code.v, 4), _mm512_srli_epi64(code.v, 32));
+  _mm_storel_epi64((__m128i*)packed, _mm512_cvtepi64_epi8(bytes));
+}
+inline void store_bytes(std::uint8_t* out, U32 x) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(x.v)); }
+inline F32 lookup256(const float* table, const std::uint8_t* index) {
+  return {_mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index)), table, 4)};
+}
+
+}  // namespace peftk::PEFTK_TIER

@@ -1,0 +1,83 @@
+// out = T(table[code] * scale + 0): the sum turns -0 into +0, so a block of zeros comes back as +0 whatever its stored constant.
+// A large result is streamed past the cache: a plain store would first read every line from memory.
+#include "ops/nf4_dequantize/op.h"
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "format/absmax.h"
+#include "format/nf4.h"
+
+namespace peftk::PEFTK_TIER {
+namespace {
+
+constexpr std::int64_t kStreamFrom = 4 << 20;  // bytes of result; below that the reader probably finds it in the cache
+
+struct Source {
+  const std::uint8_t* packed;
+  Absmax absmax;
+  std::int64_t block_size;
+  Table16 table;
+};
+
+F32 decode(const Source& source, const std::uint8_t* packed, F32 scale) {
+  return lookup(source.table, nibbles(packed)) * scale + broadcast(0.0f);
+}
+
+// Fewer than a vector, or from an odd element on.
+template <class T>
+void decode_few(const Source& source, std::int64_t first, std::int64_t count, float scale, T* out) {
+  for (std::int64_t i = first & ~std::int64_t{1}; i < first + count; i += kLanes) {
+    std::uint8_t bytes[kLanes / 2] = {};
+    T values[kLanes];
+    const std::int64_t left = first + count - i, here = left < kLanes ? left : kLanes;
+    std::memcpy(bytes, source.packed + i / 2, (here + 1) / 2);
+    store(values, decode(source, bytes, broadcast(scale)));
+    const std::int64_t skip = i < first ? first - i : 0;
+    std::memcpy(out + (i + skip - first), values + skip, sizeof(T) * (here - skip));
+  }
+}
+
+// Elements [first, first + count), all of one block.
+template <class T, class Store>
+void decode_run(const Source& source, std::int64_t first, std::int64_t count, float scale, T* out, Store store_as) {
+  if (first & 1) return decode_few(source, first, count, scale, out);
+  const F32 scales = broadcast(scale);
+  const std::uint8_t* packed = source.packed + first / 2;
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_as(out + i, decode(source, packed + i / 2, scales));
+  if (i < count) decode_few(source, first + i, count - i, scale, out + i);
+}
+
+template <class T, class Store>
+void decode_blocks(const Source& source, std::int64_t first, std::int64_t count, T* out, int threads, Store store_as) {
+  const std::int64_t first_block = first / source.block_size;
+  const std::int64_t last_block = (first + count - 1) / source.block_size;
+  parallel_for(last_block - first_block + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t block = first_block + begin; block < first_block + end; block++) {
+      const std::int64_t start = block * source.block_size, stop = start + source.block_size;
+      const std::int64_t from = start < first ? first : start, to = stop > first + count ? first + count : stop;
+      decode_run(source, from, to - from, source.absmax[block], out + (from - first), store_as);
+    }
+    stream_fence();
+  });
+}
+
+}  // namespace
+
+void nf4_dequantize(const std::uint8_t* packed, const void* absmax, const float* absmax_scale, const float* absmax_offset,
+                    std::int64_t first, std::int64_t count, std::int64_t block_size, int quant_type, void* out, int dtype,
+                    int threads) {
+  if (count == 0) return;
+  const Source source{packed, make_absmax(absmax, absmax_scale, absmax_offset), block_size,
+                      load_table16(code4(quant_type).value)};
+  with_type(out, dtype, [&](auto* values) {
+    using T = std::remove_pointer_t<decltype(values)>;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(values) % (kLanes * sizeof(T)) == 0 && first % block_size == 0;
+    if (aligned && count * static_cast<std::int64_t>(sizeof(T)) >= kStreamFrom)
+      decode_blocks(source, first, count, values, threads, [](T* p, F32 v) { stream(p, v); });
+    else
+      decode_blocks(source, first, count, values, threads, [](T* p, F32 v) { store(p, v); });
+  });
+}
+
+}  // namespace peftk::PEFTK_TIER

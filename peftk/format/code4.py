@@ -1,0 +1,78 @@
+"""The 4-bit codes, once in Python: NF4 (Dettmers et al. 2023, QLoRA, appendix E) and bitsandbytes' FP4.
+
+A block's code is ``code_of_rank[number of thresholds strictly below x * (1 / absmax)]``. The thresholds are bitsandbytes' CUDA
+literals, rounded once to fp32: four of them lie one ulp beside the midpoints of neighbouring values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Code4:
+    """One 4-bit code: 16 values by stored code, 15 ascending thresholds, the code of each rank."""
+
+    number: int  # how peftk._C calls it
+    values: tuple[float, ...]  # (16,) in units of the block's absmax
+    thresholds: tuple[float, ...]  # (15,)
+    code_of_rank: tuple[int, ...]  # (16,)
+    code_of_zero: int  # of an all-zero block and of the nibble that pads an odd count
+
+
+NF4 = Code4(
+    number=0,
+    values=(
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    thresholds=tuple(
+        float.fromhex(t)
+        for t in (
+            "-0x1.b239b2p-1", "-0x1.38a4ep-1", "-0x1.d709p-2", "-0x1.5bd4ecp-2", "-0x1.e079d8p-3", "-0x1.1a7178p-3",
+            "-0x1.74f0e2p-5", "0x1.45f5fep-5", "0x1.ec90c6p-4", "0x1.a0cfcp-3", "0x1.2b05a8p-2", "0x1.8ea7f2p-2",
+            "0x1.00da06p-1", "0x1.491b5ep-1", "0x1.b913b2p-1",
+        )
+    ),
+    code_of_rank=tuple(range(16)),
+    code_of_zero=7,
+)  # fmt: skip
+
+
+def _fp4() -> Code4:
+    fp32 = lambda x: torch.tensor(x, dtype=torch.float32)  # noqa: E731
+    magnitudes = [(fp32(v) / 12).item() for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)]
+    positive = fp32([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
+    # The rule is |x| > t with the sign apart; on the negative side x < -t, so the threshold is the number just below -t.
+    just_below = lambda t: torch.nextafter(t, fp32(-math.inf))  # noqa: E731
+    negative = just_below(-torch.cat([fp32([0.0]), positive])).flip(0)
+    return Code4(
+        number=1,
+        values=tuple(magnitudes + [-v for v in magnitudes]),
+        thresholds=tuple(negative.tolist() + positive.tolist()),
+        code_of_rank=(11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3),
+        code_of_zero=0,
+    )
+
+
+CODES4 = {"nf4": NF4, "fp4": _fp4()}
+
+
+def code4(quant_type: str) -> Code4:
+    """The code named ``quant_type``; ValueError for another name."""
+    if quant_type not in CODES4:
+        raise ValueError(f"quant_type: expected one of {sorted(CODES4)}, got {quant_type!r}")
+    return CODES4[quant_type]
+
+
+@cache
+def values4(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values, fp32, on ``device``."""
+    return torch.tensor(code4(quant_type).values, dtype=torch.float32, device=device)

@@ -1,0 +1,101 @@
+"""Which implementation of an op runs: the first of its TABLE with no reason against it. A forced one that can't run says why.
+
+An implementation is a module-level ``Implementation`` in ``peftk/ops/<op>/{reference,cpu,cuda,triton_kernel}.py``; the TABLE in
+the op's ``__init__`` lists them, fastest first. ``reasons_against`` gets the arguments of ``run`` and returns a list of reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftk.native import NATIVE_DTYPE, native, why_not_native
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+logger = logging.getLogger("peftk")
+
+_forced: ContextVar[str | None] = ContextVar("peftk_implementation", default=None)
+_warned: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op."""
+
+    name: str  # of NAMES
+    run: Callable[..., Any]
+    reasons_against: Callable[..., list[str]]
+
+
+def select(op: str, table: Sequence[Implementation], *arguments: Any) -> Callable[..., Any]:
+    """The ``run`` of the first implementation without a reason against these arguments; RuntimeError with every reason."""
+    forced = _forced.get()
+    reasons: list[str] = []
+    for implementation in table:
+        if forced is not None and implementation.name != forced:
+            continue
+        against = implementation.reasons_against(*arguments)
+        if not against:
+            if forced is None and implementation.name == "reference" and reasons:
+                _warn_once(op, "; ".join(reasons))
+            return implementation.run
+        reasons += [f"{implementation.name}: {reason}" for reason in against]
+    if forced is not None and not reasons:
+        reasons = [f"{forced}: this op has no such implementation (it has {', '.join(i.name for i in table)})"]
+    raise RuntimeError(f"peftk.ops.{op} can't run: " + "; ".join(reasons))
+
+
+def _warn_once(op: str, reason: str) -> None:
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        logger.warning("%s runs on the reference implementation, which is slow: %s", op, reason)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force an implementation inside the ``with``: "reference", "cpu", "cuda" or "triton"; "cpu-avx2" forces an instruction set
+    too (scalar, avx2, avx512, avx512_bf16). Ops that can't run on it raise RuntimeError with every reason."""
+    base, _, tier = name.partition("-")
+    if base not in NAMES or (tier and base != "cpu"):
+        raise ValueError(f"name: expected one of {', '.join(NAMES)} or cpu-<instruction set>, got {name!r}")
+    module = native() if tier else None
+    if tier and module is None:
+        raise RuntimeError(f"cpu: {why_not_native()}")
+    before = module.tier() if module else None
+    if module:
+        module.set_tier(tier)
+    token = _forced.set(base)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        if module:
+            module.set_tier(before)
+
+
+def forced() -> str | None:
+    """The implementation that ``use`` forces here, or None."""
+    return _forced.get()
+
+
+def reasons_against_cpu(*tensors: torch.Tensor | None) -> list[str]:
+    """Why compiled CPU kernels can't take these tensors."""
+    if native() is None:
+        return [why_not_native()]
+    return [f"a tensor is on {t.device}" for t in tensors if t is not None and t.device.type != "cpu"][:1]
+
+
+def reasons_against_dtype(argument: str, dtype: torch.dtype) -> list[str]:
+    """Why compiled kernels can't read or write this dtype."""
+    return [] if dtype in NATIVE_DTYPE else [f"{argument} is {dtype}, the kernels take fp32, bf16 and fp16"]
+
+
+def no_reason(*_: Any) -> list[str]:
+    """The reference runs everywhere."""
+    return []

@@ -1,0 +1,99 @@
+"""nf4_dequantize: 4-bit codes and their constants -> W (Dettmers et al. 2023, QLoRA, equations 5 and 6).
+
+w[i] = dtype(table[code[i]] * scale[i // block_size] + 0) in fp32, so that a zero is +0;
+scale = absmax, or where the absmax are double quantised: scale = value8[absmax] * absmax_scale[b // 256], then + absmax_offset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from peftk.format.code4 import code4
+from peftk.format.dynamic8 import NESTED_BLOCK
+from peftk.ops import dispatch, library
+from peftk.ops.nf4_dequantize import cpu, reference
+
+TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+
+
+def nf4_dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_scale: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    shape: Sequence[int],
+    block_size: int = 64,
+    quant_type: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """packed ceil(numel / 2) bytes, absmax (blocks,) fp32, or uint8 with absmax_scale (ceil(blocks / 256),) fp32 and
+    absmax_offset () fp32 -> (shape) dtype, written to ``out`` if given. TypeError or ValueError names what doesn't fit."""
+    check_constants(packed, absmax, absmax_scale, absmax_offset, math.prod(shape), block_size, quant_type)
+    arguments = (packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type)
+    if out is None:
+        return torch.ops.peftk.nf4_dequantize(*arguments, dtype)
+    if tuple(out.shape) != tuple(shape) or not out.is_contiguous() or out.device != packed.device:
+        raise ValueError(
+            f"out: expected a contiguous tensor of shape {tuple(shape)} on {packed.device}, got {tuple(out.shape)} with "
+            f"strides {out.stride()} on {out.device}"
+        )
+    torch.ops.peftk.nf4_dequantize_(*arguments, out)
+    return out
+
+
+def check_constants(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_scale: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    count: int,
+    block_size: int,
+    quant_type: str,
+) -> None:
+    """Hold the parts of a quantised weight of ``count`` elements against each other."""
+    code4(quant_type)
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed: expected uint8, got {packed.dtype}")
+    if packed.numel() != (count + 1) // 2:
+        raise ValueError(f"packed: expected {(count + 1) // 2} bytes for {count} elements, got {packed.numel()}")
+    blocks = -(-count // block_size)
+    nested = absmax_scale is not None
+    if nested != (absmax_offset is not None):
+        raise ValueError("absmax_offset: expected together with absmax_scale, got one without the other")
+    wanted = torch.uint8 if nested else torch.float32
+    if absmax.dtype != wanted:
+        raise TypeError(f"absmax: expected {wanted} {'with' if nested else 'without'} absmax_scale, got {absmax.dtype}")
+    if absmax.numel() != blocks:
+        raise ValueError(
+            f"absmax: expected {blocks} values for {count} elements in blocks of {block_size}, got {absmax.numel()}"
+        )
+    if nested and (absmax_scale.dtype != torch.float32 or absmax_scale.numel() != -(-blocks // NESTED_BLOCK)):
+        raise ValueError(
+            f"absmax_scale: expected {-(-blocks // NESTED_BLOCK)} fp32 values, got {absmax_scale.numel()} {absmax_scale.dtype}"
+        )
+
+
+def _run(packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type, dtype):
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    _run_out(packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type, out)
+    return out
+
+
+def _run_out(packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type, out):
+    arguments = (packed, absmax, absmax_scale, absmax_offset, block_size, quant_type, out)
+    dispatch.select("nf4_dequantize", TABLE, *arguments)(*arguments)
+
+
+def _fake(packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+_PARTS = (
+    "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, SymInt[] shape, int block_size, str quant_type"
+)
+library.define(f"nf4_dequantize({_PARTS}, ScalarType dtype) -> Tensor", _run, _fake)
+library.define(f"nf4_dequantize_({_PARTS}, Tensor(a!) out) -> ()", _run_out, lambda *_: None)
