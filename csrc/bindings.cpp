@@ -13,6 +13,7 @@
 #include "ops/blockwise8_quantize/op.h"
 #include "ops/nf4_dequantize/op.h"
 #include "ops/nf4_quantize/op.h"
+#include "ops/philox_dropout/op.h"
 #ifdef PEFTK_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -68,4 +69,5 @@ PYBIND11_MODULE(_C, m) {
   PEFTK_OP(blockwise8_quantize);
   PEFTK_OP(nf4_dequantize);
   PEFTK_OP(nf4_quantize);
+  PEFTK_OP(philox_dropout);
 }

@@ -1,0 +1,70 @@
+"""What runs on this machine, what doesn't, and why not."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from peftk.native import native, why_not_native
+
+
+@dataclass(frozen=True)
+class Info:
+    """``print(peftk.info())`` shows it; the fields are for programs."""
+
+    versions: dict[str, str]
+    native: bool
+    why_not_native: str
+    cpu_tiers: list[str]  # instruction sets that this processor runs, slowest first
+    cpu_tier: str | None  # the one in use
+    threads: str  # where CPU kernels take their threads from
+    cuda: bool  # whether this build contains the CUDA runtime and sees a device
+    why_not_cuda: str
+    devices: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items())]
+        lines.append("reference  runs everywhere, slow")
+        if self.native:
+            unused = ", ".join(t for t in self.cpu_tiers if t != self.cpu_tier)
+            lines.append(f"cpu        {self.cpu_tier} (also: {unused}); threads: {self.threads}, {torch.get_num_threads()} of them")
+        else:
+            lines.append(f"cpu        does not run: {self.why_not_native}")
+        lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
+        lines.append("triton     does not run: no Triton kernels in this version")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Facts about this installation; loads the native module, changes nothing."""
+    module = native()
+    devices = module.cuda_devices() if module and hasattr(module, "cuda_devices") else []
+    if module is None:
+        why_not_cuda = why_not_native()
+    elif not hasattr(module, "cuda_devices"):
+        why_not_cuda = "this build found no nvcc"
+    elif not devices:
+        why_not_cuda = module.cuda_status() or "no device"
+    else:
+        why_not_cuda = "no CUDA kernels in this version"
+    return Info(
+        versions={"peftk": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
+        native=module is not None,
+        why_not_native=why_not_native(),
+        cpu_tiers=list(module.available_tiers()) if module else [],
+        cpu_tier=module.tier() if module else None,
+        threads=module.thread_runtime if module else "torch's own",
+        cuda=False,
+        why_not_cuda=why_not_cuda,
+        devices=devices,
+    )
+
+
+def _own_version() -> str:
+    try:
+        return version("peftk")
+    except PackageNotFoundError:
+        return "(not installed)"

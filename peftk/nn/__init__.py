@@ -1,0 +1,14 @@
+"""Base layers: a linear map with a dense or a 4-bit weight behind one interface.
+
+    forward(x)                                     x (..., k) -> (..., n)
+    forward_low_rank(x, A, B, scale, z, dropout, seed)   forward(x) + scale * dropout(z or x) A^T B^T
+    dense_weight(), set_dense_weight(w)            W (n, k) as floats, out and in
+    weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so that a merge can be undone exactly
+"""
+
+from peftk.nn.base import base_layer, is_adaptable
+from peftk.nn.dense_linear import DenseConv1D, DenseLinear
+from peftk.nn.nf4_linear import NF4Linear
+from peftk.nn.quantize_model import quantize_model
+
+__all__ = ["DenseConv1D", "DenseLinear", "NF4Linear", "base_layer", "is_adaptable", "quantize_model"]

@@ -1,0 +1,111 @@
+"""Linear layers with a dense weight, behind the base-layer interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from peftk.ops.nf4_lora_linear import check_low_rank
+from peftk.ops.philox_dropout import draw_seed, philox_dropout
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer that stores its weight as (k, n). Told by name, so that it need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def add_low_rank(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    z: torch.Tensor | None,
+    dropout: float,
+    seed: int | None,
+) -> torch.Tensor:
+    """y + scale * D(z) A^T B^T in y's dtype; A (r, k), B (n, r), z (..., k) or None for x."""
+    check_low_rank(x, (B.shape[0], x.shape[-1]), A, B, z, dropout)
+    branch = x if z is None else z
+    if dropout > 0:
+        branch = philox_dropout(branch, dropout, draw_seed() if seed is None else seed)
+    s = functional.linear(branch, A.to(branch.dtype))
+    return y + (functional.linear(s, B.to(s.dtype)) * scale).to(y.dtype)
+
+
+class _Dense(nn.Module):
+    """What both layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n)."""
+
+    def forward_low_rank(
+        self,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        z: torch.Tensor | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> torch.Tensor:
+        """forward(x) + scale * D(x if z is None else z) A^T B^T, shapes as in ``peftk.ops.nf4_lora_linear``."""
+        return add_low_rank(self.forward(x), x, A, B, scale, z, dropout, seed)
+
+    def weight_snapshot(self) -> torch.Tensor:
+        """The stored weight's bytes, a copy."""
+        return self.weight.detach().clone()
+
+    @torch.no_grad()
+    def restore_weight(self, snapshot: torch.Tensor) -> None:
+        """Put a snapshot back, bit for bit."""
+        self.weight.copy_(snapshot)
+
+
+class DenseLinear(_Dense, nn.Linear):
+    """nn.Linear behind the base-layer interface."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> DenseLinear:
+        """Shares the linear layer's parameters: nothing is copied."""
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def dense_weight(self) -> torch.Tensor:
+        """W (n, k) in its own dtype; not a copy."""
+        return self.weight.detach()
+
+    @torch.no_grad()
+    def set_dense_weight(self, w: torch.Tensor) -> None:
+        """Replace W by w (n, k), rounded once to the layer's dtype. ValueError for another shape."""
+        if w.shape != self.weight.shape:
+            raise ValueError(f"w: expected {tuple(self.weight.shape)}, got {tuple(w.shape)}")
+        self.weight.copy_(w)
+
+
+class DenseConv1D(_Dense):
+    """transformers' Conv1D (weight (k, n)) behind the base-layer interface."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.in_features, self.out_features = weight.shape
+        self.nf, self.nx = self.out_features, self.in_features
+
+    @classmethod
+    def from_conv1d(cls, conv1d: nn.Module) -> DenseConv1D:
+        """Shares the layer's parameters: nothing is copied."""
+        return cls(conv1d.weight, conv1d.bias).train(conv1d.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight.T, self.bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """W (n, k) in its own dtype; a view."""
+        return self.weight.detach().T
+
+    @torch.no_grad()
+    def set_dense_weight(self, w: torch.Tensor) -> None:
+        """Replace W by w (n, k), rounded once to the layer's dtype. ValueError for another shape."""
+        if w.shape != self.weight.T.shape:
+            raise ValueError(f"w: expected {tuple(self.weight.T.shape)}, got {tuple(w.shape)}")
+        self.weight.copy_(w.T)

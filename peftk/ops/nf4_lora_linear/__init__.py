@@ -1,0 +1,105 @@
+"""nf4_lora_linear: y = x W^T + bias + scale * D(z) A^T B^T, W in 4 bits (Hu et al. 2021, section 4.1, on a QLoRA base).
+
+Shapes: x, z (..., k), W (n, k), A (r, k), B (n, r), bias (n,), y (..., n). z is the low-rank branch's input, x if None; D is
+dropout on it (philox_dropout). Saved for the backward pass: x (z) and S = D(z) A^T, nothing of W's size:
+    T = scale * dy B    dx = dy W (+ D(T A) where z is None)    dz = D(T A)    dA = T^T D(z)    dB = scale * dy^T S
+With 16-bit x the branch rounds A, B, S and T to x.dtype; sums in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peftk.format.nf4 import NF4Weight
+from peftk.ops import dispatch, library
+from peftk.ops.nf4_linear import autocast_input, check_linear
+from peftk.ops.nf4_lora_linear import autograd, cpu, reference
+from peftk.ops.philox_dropout import draw_seed
+
+TABLE = (cpu.FORWARD, reference.FORWARD)
+TABLE_BACKWARD = (cpu.BACKWARD, reference.BACKWARD)
+
+
+def nf4_lora_linear(
+    x: torch.Tensor,
+    w4: NF4Weight,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """x (..., k), w4 (n, k), A (r, k), B (n, r), bias (n,), z as x -> (..., n) in x.dtype. A and B may be fp32 with 16-bit x;
+    their gradients come in their own dtype. seed None draws one from torch's generator where dropout > 0. Differentiable in x,
+    z, A, B and bias. TypeError or ValueError names the argument that doesn't fit."""
+    x, bias = check_linear(x, w4, bias)
+    z = z if z is None else autocast_input(z)
+    check_low_rank(x, w4.shape, A, B, z, dropout)
+    seed = (draw_seed() if dropout > 0 else 0) if seed is None else seed
+    return torch.ops.peftk.nf4_lora_linear(
+        x, *w4.tensors(), A, B, bias, z, scale, w4.block_size, w4.quant_type, dropout, seed
+    )
+
+
+def check_low_rank(
+    x: torch.Tensor,
+    shape: tuple[int, int],
+    A: torch.Tensor,
+    B: torch.Tensor,
+    z: torch.Tensor | None,
+    dropout: float,
+) -> None:
+    """The checks of the low-rank branch beside a weight of ``shape`` (n, k)."""
+    n, k = shape
+    if A.dim() != 2 or A.shape[1] != k:
+        raise ValueError(f"A: expected (r, {k}), got {tuple(A.shape)}")
+    if tuple(B.shape) != (n, A.shape[0]):
+        raise ValueError(f"B: expected ({n}, {A.shape[0]}), got {tuple(B.shape)}")
+    for name, factor in (("A", A), ("B", B)):
+        if not factor.dtype.is_floating_point or factor.device != x.device:
+            raise TypeError(f"{name}: expected floats on {x.device}, got {factor.dtype} on {factor.device}")
+    if z is not None and (z.shape != x.shape or z.dtype != x.dtype):
+        raise ValueError(f"z: expected x's shape {tuple(x.shape)} and {x.dtype}, got {tuple(z.shape)} {z.dtype}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
+def _run_forward(*arguments):
+    return dispatch.select("nf4_lora_linear", TABLE, *arguments)(*arguments)
+
+
+def _run_backward(*arguments):
+    return dispatch.select("nf4_lora_linear backward", TABLE_BACKWARD, *arguments)(*arguments)
+
+
+def _fake_forward(x, packed, absmax, absmax_scale, absmax_offset, A, B, *_):
+    return x.new_empty((*x.shape[:-1], B.shape[0])), x.new_empty((*x.shape[:-1], A.shape[0]))
+
+
+def _fake_backward(dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, *facts):
+    need_dx, need_dz = facts[-2:]
+    dx, dz = x.shape if need_dx else (0,), x.shape if need_dz else (0,)
+    return dy.new_empty(dx), dy.new_empty(dz), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor A, Tensor B"
+_FACTS = "float scale, int block_size, str quant_type, float dropout, int seed"
+library.define(
+    f"nf4_lora_linear_forward(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? z, {_FACTS}) -> (Tensor, Tensor)",
+    _run_forward,
+    _fake_forward,
+)
+library.define(
+    f"nf4_lora_linear_backward(Tensor dy, Tensor x, Tensor? z, Tensor s, {_WEIGHT}, {_FACTS}, bool need_dx, bool need_dz)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+library.define(
+    f"nf4_lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? z, {_FACTS}) -> Tensor",
+    lambda *arguments: _run_forward(*arguments)[0],
+    lambda *arguments: _fake_forward(*arguments)[0],
+    autograd.nf4_lora_linear,
+)

@@ -1,0 +1,46 @@
+"""The definition, in fp32 (fp64 for fp64), W decoded whole."""
+
+import torch
+
+from peftk.ops import dispatch
+from peftk.ops.dispatch import Implementation, no_reason
+from peftk.ops.nf4_linear.reference import dense
+
+
+def _dropped(z: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    if dropout == 0:
+        return z
+    with dispatch.use("reference"):
+        return torch.ops.peftk.philox_dropout(z, dropout, seed)
+
+
+def run(
+    x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w = dense(packed, absmax, absmax_scale, absmax_offset, B.shape[0], x.shape[-1], block_size, quant_type, wide)
+    s = _dropped((x if z is None else z).to(wide), dropout, seed) @ A.to(wide).T
+    y = x.to(wide) @ w.T + scale * (s @ B.to(wide).T)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype), s.to(x.dtype)
+
+
+def run_backward(
+    dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, dropout, seed,
+    need_dx, need_dz,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    n, k, source = dy.shape[-1], x.shape[-1], x if z is None else z
+    dy2, dropped = dy.to(wide).reshape(-1, n), _dropped(source.to(wide), dropout, seed).reshape(-1, k)
+    t = scale * (dy2 @ B.to(wide))
+    dz = _dropped((t @ A.to(wide)).view(x.shape), dropout, seed)
+    dx = dy.new_empty(0)
+    if need_dx:
+        w = dense(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type, wide)
+        dx = (dy2 @ w).view(x.shape)
+        dx = (dx + dz if z is None else dx).to(x.dtype)
+    dA, dB = t.T @ dropped, scale * (dy2.T @ s.to(wide).reshape(-1, s.shape[-1]))
+    return dx, dz.to(source.dtype) if need_dz else dy.new_empty(0), dA.to(A.dtype), dB.to(B.dtype)
+
+
+FORWARD = Implementation("reference", run, no_reason)
+BACKWARD = Implementation("reference", run_backward, no_reason)
