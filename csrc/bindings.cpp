@@ -54,11 +54,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("find_thread_runtime", &peftk::find_thread_runtime);
   m.def("code4", [](int quant_type) {
     const auto& code = peftk::code4(quant_type);
-    return py::make_tuple(std::vector<float>(code.value, code.value + 16), std::vector<float>(code.threshold, code.threshold + 15));
+    return py::make_tuple(std::vector<float>(code.value, code.value + 16),
+                          std::vector<float>(code.threshold, code.threshold + 15));
   });
   m.def("code8", [](bool is_signed) {
     const auto& code = peftk::code8(is_signed);
-    return py::make_tuple(std::vector<float>(code.value, code.value + 256), std::vector<float>(code.threshold, code.threshold + 255));
+    return py::make_tuple(std::vector<float>(code.value, code.value + 256),
+                          std::vector<float>(code.threshold, code.threshold + 255));
   });
 #ifdef PEFTK_WITH_CUDA
   m.def("cuda_devices", &peftk::cuda_devices);

@@ -30,7 +30,9 @@ class Info:
         lines.append("reference  runs everywhere, slow")
         if self.native:
             unused = ", ".join(t for t in self.cpu_tiers if t != self.cpu_tier)
-            lines.append(f"cpu        {self.cpu_tier} (also: {unused}); threads: {self.threads}, {torch.get_num_threads()} of them")
+            lines.append(
+                f"cpu        {self.cpu_tier} (also: {unused}); threads: {self.threads}, {torch.get_num_threads()} of them"
+            )
         else:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")

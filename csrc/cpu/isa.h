@@ -1,5 +1,6 @@
 // Instruction-set tiers. Every csrc/ops/*/cpu.cpp is compiled once per tier into the tier's own namespace; calls are routed at
-// run time by cpuid. CMakeLists.txt defines PEFTK_WITH_<TIER> for each tier that the compiler can build, and PEFTK_TIER in its objects.
+// run time by cpuid. CMakeLists.txt defines PEFTK_WITH_<TIER> for each tier that the compiler can build, and PEFTK_TIER in its
+// objects.
 #pragma once
 #include <string>
 #include <vector>
@@ -21,21 +22,23 @@
 #endif
 
 // Declares one function in every tier: PEFTK_EVERY_TIER(void f(int a);)
-#define PEFTK_EVERY_TIER(...)                                  \
-  namespace scalar { __VA_ARGS__ }                             \
-  PEFTK_IF_AVX2(namespace avx2 { __VA_ARGS__ })                \
-  PEFTK_IF_AVX512(namespace avx512 { __VA_ARGS__ })            \
-  PEFTK_IF_AVX512_BF16(namespace avx512_bf16 { __VA_ARGS__ })
+#define PEFTK_EVERY_TIER(...)                    \
+  namespace scalar {                             \
+  __VA_ARGS__                                    \
+  }                                              \
+  PEFTK_IF_AVX2(namespace avx2{__VA_ARGS__})     \
+  PEFTK_IF_AVX512(namespace avx512{__VA_ARGS__}) \
+  PEFTK_IF_AVX512_BF16(namespace avx512_bf16{__VA_ARGS__})
 
 // The function of that name in the tier that runs now.
-#define PEFTK_TIERED(function)                                                                           \
-  [] {                                                                                                   \
-    switch (::peftk::current_tier()) {                                                                   \
-      PEFTK_IF_AVX2(case ::peftk::Tier::avx2 : return &::peftk::avx2::function;)                         \
-      PEFTK_IF_AVX512(case ::peftk::Tier::avx512 : return &::peftk::avx512::function;)                   \
-      PEFTK_IF_AVX512_BF16(case ::peftk::Tier::avx512_bf16 : return &::peftk::avx512_bf16::function;)    \
-      default: return &::peftk::scalar::function;                                                        \
-    }                                                                                                    \
+#define PEFTK_TIERED(function)                                                                        \
+  [] {                                                                                                \
+    switch (::peftk::current_tier()) {                                                                \
+      PEFTK_IF_AVX2(case ::peftk::Tier::avx2 : return &::peftk::avx2::function;)                      \
+      PEFTK_IF_AVX512(case ::peftk::Tier::avx512 : return &::peftk::avx512::function;)                \
+      PEFTK_IF_AVX512_BF16(case ::peftk::Tier::avx512_bf16 : return &::peftk::avx512_bf16::function;) \
+      default: return &::peftk::scalar::function;                                                     \
+    }                                                                                                 \
   }()
 
 namespace peftk {

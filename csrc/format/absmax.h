@@ -1,4 +1,5 @@
-// The constants of a block, double quantised or not (QLoRA, section 3): scale = code8[q] * scale_of_256 + offset in two roundings.
+// The constants of a block, double quantised or not (QLoRA, section 3): scale = code8[q] * scale_of_256 + offset in two
+// roundings.
 #pragma once
 #include <cstdint>
 
@@ -9,10 +10,10 @@ namespace peftk {
 inline constexpr int kNestedBlock = 256;
 
 struct Absmax {
-  const void* values;    // (blocks,) fp32, or uint8 where scales != nullptr
-  const float* scales;   // (ceil(blocks / 256),) fp32, or nullptr
-  float offset;          // mean of the absmax; 0 where scales == nullptr
-  const float* code;     // the signed dynamic 8-bit code, 256 values
+  const void* values;   // (blocks,) fp32, or uint8 where scales != nullptr
+  const float* scales;  // (ceil(blocks / 256),) fp32, or nullptr
+  float offset;         // mean of the absmax; 0 where scales == nullptr
+  const float* code;    // the signed dynamic 8-bit code, 256 values
 
   float operator[](std::int64_t block) const {
     if (!scales) return static_cast<const float*>(values)[block];

@@ -15,8 +15,8 @@ struct Code8 {
 // Point `index` of `points` evenly spaced ones on [0.1, 1], from both ends towards the middle, each rounded once to fp32.
 inline float linspace_point(int index, int points) {
   const float start = 0.1f, end = 1.0f, step = (end - start) / static_cast<float>(points - 1);
-  const double point = index < points / 2 ? start + static_cast<double>(step) * index
-                                          : end - static_cast<double>(step) * (points - 1 - index);
+  const double point =
+      index < points / 2 ? start + static_cast<double>(step) * index : end - static_cast<double>(step) * (points - 1 - index);
   return static_cast<float>(point);
 }
 

@@ -1,9 +1,9 @@
 """Base layers: a linear map with a dense or a 4-bit weight behind one interface.
 
-    forward(x)                                     x (..., k) -> (..., n)
-    forward_low_rank(x, A, B, scale, z, dropout, seed)   forward(x) + scale * dropout(z or x) A^T B^T
-    dense_weight(), set_dense_weight(w)            W (n, k) as floats, out and in
-    weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so that a merge can be undone exactly
+forward(x)                                     x (..., k) -> (..., n)
+forward_low_rank(x, A, B, scale, z, dropout, seed)   forward(x) + scale * dropout(z or x) A^T B^T
+dense_weight(), set_dense_weight(w)            W (n, k) as floats, out and in
+weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so that a merge can be undone exactly
 """
 
 from peftk.nn.base import base_layer, is_adaptable

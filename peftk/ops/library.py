@@ -10,9 +10,7 @@ import torch
 _LIBRARY = torch.library.Library("peftk", "FRAGMENT")
 
 
-def define(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None
-) -> None:
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> None:
     """Define ``peftk::<schema>``. ``run`` chooses an implementation and computes; ``fake`` makes tensors of the right shape and
     dtype; ``autograd``, if given, is called with the same arguments whenever a gradient may be wanted (an autograd.Function's
     ``apply`` is the cheapest way: 25 us a forward and backward less than register_autograd)."""

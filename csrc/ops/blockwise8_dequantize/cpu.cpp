@@ -1,9 +1,8 @@
 // out = T(code8[c] * absmax + 0), as in nf4_dequantize.
-#include "ops/blockwise8_dequantize/op.h"
-
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "format/dynamic8.h"
+#include "ops/blockwise8_dequantize/op.h"
 
 namespace peftk::PEFTK_TIER {
 

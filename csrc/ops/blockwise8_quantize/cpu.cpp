@@ -1,9 +1,8 @@
 // code = the value of the dynamic code nearest to x * (1 / absmax), the lower one on a tie: thresholds as in format/dynamic8.h.
-#include "ops/blockwise8_quantize/op.h"
-
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "format/dynamic8.h"
+#include "ops/blockwise8_quantize/op.h"
 
 namespace peftk::PEFTK_TIER {
 namespace {

@@ -1,11 +1,10 @@
 // out = T(table[code] * scale + 0): the sum turns -0 into +0, so a block of zeros comes back as +0 whatever its stored constant.
 // A large result is streamed past the cache: a plain store would first read every line from memory.
-#include "ops/nf4_dequantize/op.h"
-
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "format/absmax.h"
 #include "format/nf4.h"
+#include "ops/nf4_dequantize/op.h"
 
 namespace peftk::PEFTK_TIER {
 namespace {

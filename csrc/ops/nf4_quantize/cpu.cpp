@@ -1,10 +1,10 @@
 // code = code_of_rank[#{t : x * (1 / absmax) > t}], absmax = max |x| over the block; formats as in format/nf4.h.
-// The maximum is taken over the bits of |x|, an order in which NaN > Inf > every number: so absmax tells whether a block is finite.
-#include "ops/nf4_quantize/op.h"
-
+// The maximum is taken over the bits of |x|, an order in which NaN > Inf > every number: so absmax tells whether a block is
+// finite.
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "format/nf4.h"
+#include "ops/nf4_quantize/op.h"
 
 namespace peftk::PEFTK_TIER {
 namespace {
@@ -30,7 +30,8 @@ float absmax_of(std::uint32_t bits) {
 }
 
 template <class T>
-void encode_block(const T* x, std::int64_t count, float absmax, const Code4& code, Thresholds16 thresholds, std::uint8_t* packed) {
+void encode_block(const T* x, std::int64_t count, float absmax, const Code4& code, Thresholds16 thresholds,
+                  std::uint8_t* packed) {
   if (absmax == 0.0f) {
     std::memset(packed, code.code_of_zero * 0x11, (count + 1) / 2);
     return;

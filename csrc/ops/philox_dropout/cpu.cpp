@@ -1,9 +1,8 @@
 // 64 elements a step: 16 counters of Philox, 4 words each.
-#include "ops/philox_dropout/op.h"
-
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 #include "cpu/simd.h"
+#include "ops/philox_dropout/op.h"
 
 namespace peftk::PEFTK_TIER {
 namespace {
@@ -19,8 +18,8 @@ void mask_of_step(std::int64_t step, std::uint64_t seed, std::uint32_t drop_belo
 
 }  // namespace
 
-void philox_dropout(const void* x, int dtype, std::int64_t count, std::uint32_t drop_below, float keep_scale,
-                    std::uint64_t seed, void* out, int threads) {
+void philox_dropout(const void* x, int dtype, std::int64_t count, std::uint32_t drop_below, float keep_scale, std::uint64_t seed,
+                    void* out, int threads) {
   with_type(x, dtype, [&](const auto* values) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
     T* result = static_cast<T*>(out);

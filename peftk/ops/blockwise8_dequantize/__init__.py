@@ -31,16 +31,12 @@ def blockwise8_dequantize(
     return torch.ops.peftk.blockwise8_dequantize(codes, absmax, block_size, signed, dtype)
 
 
-def _run(
-    codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype
-) -> torch.Tensor:
+def _run(codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype) -> torch.Tensor:
     arguments = (codes, absmax, block_size, signed, dtype)
     return dispatch.select("blockwise8_dequantize", TABLE, *arguments)(*arguments)
 
 
-def _fake(
-    codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype
-) -> torch.Tensor:
+def _fake(codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype) -> torch.Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 

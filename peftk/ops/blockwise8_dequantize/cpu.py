@@ -6,9 +6,7 @@ from peftk.native import NATIVE_DTYPE, native
 from peftk.ops.dispatch import Implementation, reasons_against_cpu, reasons_against_dtype
 
 
-def reasons_against(
-    codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype
-) -> list[str]:
+def reasons_against(codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype) -> list[str]:
     return reasons_against_cpu(codes, absmax) + reasons_against_dtype("dtype", dtype)
 
 

@@ -14,9 +14,7 @@ from peftk.ops.blockwise8_quantize import cpu, reference
 TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
-def blockwise8_quantize(
-    x: torch.Tensor, block_size: int = 256, signed: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
+def blockwise8_quantize(x: torch.Tensor, block_size: int = 256, signed: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """x (any shape) fp32|bf16|fp16 -> codes (x.shape) uint8, absmax (ceil(numel / block_size),) fp32. ValueError for a bad
     block_size, TypeError for another dtype."""
     if block_size < 1:

@@ -68,9 +68,7 @@ def check_constants(
     if absmax.dtype != wanted:
         raise TypeError(f"absmax: expected {wanted} {'with' if nested else 'without'} absmax_scale, got {absmax.dtype}")
     if absmax.numel() != blocks:
-        raise ValueError(
-            f"absmax: expected {blocks} values for {count} elements in blocks of {block_size}, got {absmax.numel()}"
-        )
+        raise ValueError(f"absmax: expected {blocks} values for {count} elements in blocks of {block_size}, got {absmax.numel()}")
     if nested and (absmax_scale.dtype != torch.float32 or absmax_scale.numel() != -(-blocks // NESTED_BLOCK)):
         raise ValueError(
             f"absmax_scale: expected {-(-blocks // NESTED_BLOCK)} fp32 values, got {absmax_scale.numel()} {absmax_scale.dtype}"

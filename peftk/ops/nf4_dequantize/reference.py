@@ -7,9 +7,7 @@ from peftk.format.dynamic8 import NESTED_BLOCK, values8
 from peftk.ops.dispatch import Implementation, no_reason
 
 
-def scales(
-    absmax: torch.Tensor, absmax_scale: torch.Tensor | None, absmax_offset: torch.Tensor | None
-) -> torch.Tensor:
+def scales(absmax: torch.Tensor, absmax_scale: torch.Tensor | None, absmax_offset: torch.Tensor | None) -> torch.Tensor:
     """The constant of each block, (blocks,) fp32; two roundings where it is double quantised."""
     if absmax_scale is None:
         return absmax

@@ -24,9 +24,7 @@ def nf4_linear(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None = None)
     return torch.ops.peftk.nf4_linear(x, *w4.tensors(), w4.shape[0], w4.block_size, w4.quant_type, bias)
 
 
-def check_linear(
-    x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def check_linear(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The checks that every product with a 4-bit weight shares; x and bias in the dtype of the computation."""
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4: expected an NF4Weight, got {type(w4).__name__}")

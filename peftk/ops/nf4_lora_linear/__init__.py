@@ -38,9 +38,7 @@ def nf4_lora_linear(
     z = z if z is None else autocast_input(z)
     check_low_rank(x, w4.shape, A, B, z, dropout)
     seed = (draw_seed() if dropout > 0 else 0) if seed is None else seed
-    return torch.ops.peftk.nf4_lora_linear(
-        x, *w4.tensors(), A, B, bias, z, scale, w4.block_size, w4.quant_type, dropout, seed
-    )
+    return torch.ops.peftk.nf4_lora_linear(x, *w4.tensors(), A, B, bias, z, scale, w4.block_size, w4.quant_type, dropout, seed)
 
 
 def check_low_rank(

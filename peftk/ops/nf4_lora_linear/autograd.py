@@ -7,9 +7,7 @@ from peftk.ops.nf4_linear.autograd import sum_rows
 
 class _NF4LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed
-    ):
+    def forward(ctx, x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed):
         weight, facts = (packed, absmax, absmax_scale, absmax_offset, A, B), (scale, block_size, quant_type, dropout, seed)
         with torch._C._AutoDispatchBelowAutograd():
             y, s = torch.ops.peftk.nf4_lora_linear_forward(x, *weight, bias, z, *facts)

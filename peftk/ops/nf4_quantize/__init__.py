@@ -21,9 +21,7 @@ from peftk.ops.nf4_quantize import cpu, reference
 TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
-def nf4_quantize(
-    w: torch.Tensor, block_size: int = 64, quant_type: str = "nf4"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nf4_quantize(w: torch.Tensor, block_size: int = 64, quant_type: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
     """w (any shape) fp32|bf16|fp16 -> packed (ceil(numel / 2),) uint8, absmax (ceil(numel / block_size),) fp32. NaN or Inf in w
     make their block's absmax NaN or Inf. TypeError or ValueError names the argument that doesn't fit."""
     if block_size not in BLOCK_SIZES:
