@@ -17,7 +17,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
-        report = module.parent / REPORT
+        in_source = self.inplace or getattr(self, "editable_mode", False)
+        report = (ROOT / "peftk" if in_source else module.parent) / REPORT
         try:
             self.build_native(module.parent)
             report.write_text("built")

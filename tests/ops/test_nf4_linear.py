@@ -1,0 +1,131 @@
+"""nf4_linear and its transpose against fp64 products with the dequantised weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import row_scaled
+
+import peftk
+from peftk.ops import nf4_linear
+
+# A covering sample of m, k, n: whole vectors, ragged ones, odd k, blocks that straddle rows.
+SHAPES = [(1, 64, 16), (3, 80, 48), (16, 96, 130), (17, 33, 15), (65, 128, 49), (130, 576, 64), (1, 4304, 1), (0, 64, 8)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_no_worse_than_twice_plain(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
+    """Distance to the fp64 truth, in Frobenius norm and of the largest element, against that of a plain product."""
+    assert got.dtype == plain.dtype and got.shape == plain.shape and not got.isnan().any()
+    if truth.numel() == 0:
+        return
+    floor = torch.finfo(got.dtype).eps * truth.abs().max().item() / 8  # a plain product may be exact by luck on a few elements
+    for distance in (torch.linalg.norm, lambda d: d.abs().max()):
+        assert distance(got.double() - truth) <= 2 * distance(plain.double() - truth) + floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m,k,n", SHAPES)
+def test_forward(implementation, m, k, n, dtype):
+    w4 = peftk.quantize_nf4(row_scaled(n, k), double_quant=n % 2 == 0)
+    x, bias = torch.randn(m, k, dtype=dtype), torch.randn(n, dtype=dtype)
+    w = w4.dequantize(torch.float32)
+    plain = torch.nn.functional.linear(x, w.to(dtype), bias)
+    truth = x.double() @ w.double().T + bias.double()
+    assert_no_worse_than_twice_plain(nf4_linear(x, w4, bias), plain, truth)
+    without = nf4_linear(x, w4)
+    assert_no_worse_than_twice_plain(without, torch.nn.functional.linear(x, w.to(dtype)), truth - bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m,k,n", SHAPES)
+def test_gradients(implementation, m, k, n, dtype):
+    w4 = peftk.quantize_nf4(row_scaled(n, k))
+    x, bias = torch.randn(m, k, dtype=dtype, requires_grad=True), torch.randn(n, dtype=dtype, requires_grad=True)
+    dy, w = torch.randn(m, n, dtype=dtype), w4.dequantize(torch.float32)
+    nf4_linear(x, w4, bias).backward(dy)
+    assert_no_worse_than_twice_plain(x.grad, dy @ w.to(dtype), dy.double() @ w.double())
+    assert_no_worse_than_twice_plain(bias.grad, dy.sum(0), dy.double().sum(0))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+def test_formats(implementation, block_size, quant_type):
+    w4 = peftk.quantize_nf4(row_scaled(40, 320), block_size, quant_type=quant_type)
+    x = torch.randn(5, 320)
+    truth = x.double() @ w4.dequantize(torch.float32).double().T
+    assert_no_worse_than_twice_plain(nf4_linear(x, w4), x @ w4.dequantize(torch.float32).T, truth)
+
+
+def test_shapes_and_strides(implementation):
+    w4 = peftk.quantize_nf4(row_scaled(24, 64))
+    x = torch.randn(3, 64, 5)
+    flat = nf4_linear(x.transpose(1, 2).reshape(15, 64), w4)
+    assert torch.equal(nf4_linear(x.transpose(1, 2), w4), flat.view(3, 5, 24))
+    assert nf4_linear(torch.randn(64), w4).shape == (24,)
+    wide = torch.randn(4, 128)
+    assert torch.equal(nf4_linear(wide[:, ::2], w4), nf4_linear(wide[:, ::2].contiguous(), w4))
+
+
+def test_same_result_for_any_number_of_threads(implementation):
+    w4, threads = peftk.quantize_nf4(row_scaled(200, 320)), torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        x, results = torch.randn(33, 320, dtype=dtype, requires_grad=True), []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            y = nf4_linear(x, w4)
+            results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), dtype
+
+
+def test_gradcheck():
+    w4 = peftk.quantize_nf4(row_scaled(6, 10))
+    x, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 10), (6,)))
+    with peftk.use("reference"):
+        assert torch.autograd.gradcheck(lambda x, b: nf4_linear(x, w4, b), (x, bias))
+
+
+def test_autocast(implementation):
+    w4, x = peftk.quantize_nf4(row_scaled(8, 64)), torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nf4_linear(x, w4, torch.zeros(8))
+    assert y.dtype == torch.bfloat16 and torch.equal(y, nf4_linear(x.bfloat16(), w4, torch.zeros(8).bfloat16()))
+
+
+def test_no_whole_weight_is_written():
+    """Forward and backward of a 4096x4096 layer at m = 8 allocate less than 8 MB, where a bf16 W takes 33.5 MB."""
+    w4 = peftk.quantize_nf4(torch.randn(4096, 4096))
+    x = torch.randn(8, 4096, dtype=torch.bfloat16, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        nf4_linear(x, w4).sum().backward()
+    biggest = max((event.cpu_memory_usage for event in profile.events()), default=0)
+    assert 0 < biggest < 8 << 20
+
+
+def test_compile_and_opcheck():
+    w4 = peftk.quantize_nf4(row_scaled(8, 64))
+    tensors = w4.tensors()
+    x, bias = torch.randn(4, 64, requires_grad=True), torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.peftk.nf4_linear.default, (x, *tensors, 8, 64, "nf4", bias))
+    torch.library.opcheck(torch.ops.peftk.nf4_linear_dx.default, (torch.randn(4, 8), *tensors, 64, 64, "nf4"))
+    eager = nf4_linear(x, w4, bias)
+    compiled = torch.compile(lambda x: torch.ops.peftk.nf4_linear(x, *tensors, 8, 64, "nf4", bias), fullgraph=True)
+    y = compiled(x)
+    assert torch.allclose(y, eager)
+    assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(eager.sum(), x)[0])
+
+
+def test_bad_arguments_are_named():
+    w4, x = peftk.quantize_nf4(row_scaled(8, 64)), torch.randn(4, 64)
+    with pytest.raises(ValueError, match=r"x: expected \(\.\.\., 64\) for a weight of shape \(8, 64\), got \(4, 63\)"):
+        nf4_linear(x[:, 1:], w4)
+    with pytest.raises(ValueError, match=r"bias: expected shape \(8,\), got \(9,\)"):
+        nf4_linear(x, w4, torch.zeros(9))
+    with pytest.raises(TypeError, match="w4: expected an NF4Weight, got Tensor"):
+        nf4_linear(x, x)
+    with pytest.raises(TypeError, match="x: expected a floating-point tensor, got torch.int64"):
+        nf4_linear(x.long(), w4)
+    with pytest.raises(ValueError, match=r"w4: expected a weight of shape \(n, k\), got \(8,\)"):
+        nf4_linear(x, peftk.quantize_nf4(torch.ones(8)))
