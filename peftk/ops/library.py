@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("peftk", "FRAGMENT")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> None:
@@ -18,6 +19,18 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autog
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
+    _LIBRARY.impl(name, _without_autocast(name), "AutocastCPU")
+    _LIBRARY.impl(name, _without_autocast(name), "AutocastCUDA")
     torch.library.register_fake(f"peftk::{name}", fake, lib=_LIBRARY)
     if autograd is not None:
         _LIBRARY.impl(name, autograd, "Autograd")
+
+
+def _without_autocast(name: str) -> Callable[..., Any]:
+    """Autocast stops at the door: the op has chosen its dtypes, and products inside it must not be cast again."""
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return getattr(torch.ops.peftk, name)(*arguments)
+
+    return run

@@ -43,14 +43,15 @@ def test_forward_and_gradients(implementation, m, k, n, r, dtype, dropout, with_
     }  # fmt: skip
     dy, results = torch.randn(m, n).to(dtype), {}
     for name, cast in (("ours", dtype), ("plain", dtype), ("truth", torch.float64)):
-        values = {key: None if v is None else v.to(dtype).to(cast).requires_grad_() for key, v in leaves.items()}
+        values = {key: None if v is None else v.to(dtype).to(cast).clone().requires_grad_() for key, v in leaves.items()}
         if name == "ours":
             x, A, B, bias, z = (values[key] for key in ("x", "A", "B", "bias", "z"))
             y = nf4_lora_linear(x, w4, A, B, 0.5, bias, z, dropout, 11)
+            y.backward(dy)
         else:
             with peftk.use("reference"):
                 y = lora(w=w4.dequantize(torch.float32).to(cast), scale=0.5, dropout=dropout, seed=11, **values)
-        y.backward(dy.to(cast))
+                y.backward(dy.to(cast))
         results[name] = {"y": y.detach(), **{key: v.grad for key, v in values.items() if v is not None}}
     for key, truth in results["truth"].items():
         assert_no_worse_than_twice_plain(results["ours"][key], results["plain"][key], truth)

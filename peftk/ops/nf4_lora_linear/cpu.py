@@ -35,7 +35,7 @@ def run(
         if bias is not None:
             part += bias[first:last].to(dtype)
         part.addmm_(rows, w.T)
-    return y.to(x.dtype).view(*x.shape[:-1], n), s.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], n), s.to(x.dtype).view(*x.shape[:-1], A.shape[0])
 
 
 def run_backward(
