@@ -1,8 +1,6 @@
 // Element types that kernels read and write, as they lie in memory.
 #pragma once
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 namespace peftk {
@@ -13,6 +11,10 @@ struct Bf16 {
 struct F16 {
   std::uint16_t bits;
 };
+
+// Throws std::invalid_argument "<expected>, got <value>". Out of line: what several tiers inline from the standard library the
+// linker merges, and the copy that stays may need an instruction set that the processor lacks.
+[[noreturn]] void refuse(const char* expected, long value);
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };  // the same numbers as NATIVE_DTYPE in peftk/native.py
 
@@ -28,7 +30,7 @@ decltype(auto) with_type(Void* data, int dtype, Body&& body) {
     case DType::bf16: return body(static_cast<B*>(data));
     case DType::f16: return body(static_cast<H*>(data));
   }
-  throw std::invalid_argument("dtype: expected 0 (fp32), 1 (bf16) or 2 (fp16), got " + std::to_string(dtype));
+  refuse("dtype: expected 0 (fp32), 1 (bf16) or 2 (fp16)", dtype);
 }
 
 }  // namespace peftk

@@ -3,8 +3,8 @@
 // code_of_rank[#{thresholds t : x * (1 / absmax) > t}] is the stored code; NF4's ranks are its codes.
 #pragma once
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+
+#include "format/dtype.h"
 
 namespace peftk {
 
@@ -42,7 +42,7 @@ inline constexpr Code4 kFP4 = {
 inline const Code4& code4(int quant_type) {
   if (quant_type == 0) return kNF4;
   if (quant_type == 1) return kFP4;
-  throw std::invalid_argument("quant_type: expected 0 (nf4) or 1 (fp4), got " + std::to_string(quant_type));
+  refuse("quant_type: expected 0 (nf4) or 1 (fp4)", quant_type);
 }
 
 }  // namespace peftk
