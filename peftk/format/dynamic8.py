@@ -20,13 +20,14 @@ def values8(signed: bool = True, device: torch.device | str = "cpu") -> torch.Te
         values += midpoints.tolist()
         if signed:
             values += (-midpoints).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32).to(device)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu").to(device)
 
 
 def _points(count: int) -> torch.Tensor:
     """``count`` fp32 points on [0.1, 1], from both ends towards the middle, each rounded once: what torch.linspace gives with
     fused multiply-add, on every machine."""
-    start, index = torch.tensor(0.1), torch.arange(count, dtype=torch.float64)
+    start = torch.tensor(0.1, dtype=torch.float32, device="cpu")
+    index = torch.arange(count, dtype=torch.float64, device="cpu")
     step = ((1 - start) / (count - 1)).double()
     from_end = 1 - step * (count - 1 - index)
     return torch.where(index < count // 2, start.double() + step * index, from_end).float()
@@ -39,7 +40,7 @@ def thresholds8(signed: bool = True, device: torch.device | str = "cpu") -> torc
     values = values8(signed).double()
     middle = (values[:-1] + values[1:]) / 2
     nearest = middle.float()
-    below = torch.nextafter(nearest, torch.tensor(-torch.inf))
+    below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
     return torch.where(nearest.double() > middle, below, nearest).to(device)
 
 

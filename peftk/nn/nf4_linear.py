@@ -35,6 +35,7 @@ class NF4Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.quant_type = "nf4"
         self.block_size, self.double_quant, self.compute_dtype = block_size, double_quant, compute_dtype
         self._store(self._quantised(self.weight.detach(), "weight"))
 
@@ -48,20 +49,33 @@ class NF4Linear(nn.Linear):
         name: str | None = None,
     ) -> NF4Linear:
         """Quantise an nn.Linear or a transformers Conv1D; the bias Parameter is shared. ValueError names ``name`` and the first
-        bad index where the weight isn't finite."""
+        bad index where the weight isn't finite; TypeError names another class."""
+        if not is_conv1d(linear) and (not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear)):
+            raise TypeError(f"linear: expected nn.Linear or Conv1D with a dense weight, got {type(linear).__name__}")
         weight = linear.weight.detach()
         if is_conv1d(linear):
             weight = weight.T
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
+        layer.quant_type = "nf4"
         layer.block_size, layer.double_quant, layer.compute_dtype = block_size, double_quant, compute_dtype
-        layer.register_parameter("bias", linear.bias)
         layer._store(layer._quantised(weight, name or "weight"))
+        layer.register_parameter("bias", linear.bias)
         return layer.train(linear.training)
 
     def _quantised(self, weight: torch.Tensor, name: str) -> NF4Weight:
-        return quantize_nf4(weight, self.block_size, self.double_quant, name=name)
+        return quantize_nf4(weight, self.block_size, self.double_quant, name=name, quant_type=self.quant_type)
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, as nn.Linear does, and quantise the weight in place."""
+        if self.weight.is_floating_point():  # nn.Linear's constructor calls this before there are codes
+            return super().reset_parameters()
+        facts = {"device": self.weight.device, "dtype": self.weight_dtype}
+        drawn = nn.Linear(self.in_features, self.out_features, self.bias is not None, **facts)
+        self.set_dense_weight(drawn.weight.detach())
+        if self.bias is not None:
+            self.bias.data.copy_(drawn.bias.detach())
 
     def _store(self, w4: NF4Weight, in_place: bool = False) -> None:
         """Take over a quantised weight; ``in_place`` keeps the Parameter object and writes the bytes into it."""
@@ -120,7 +134,7 @@ class NF4Linear(nn.Linear):
         that aren't finite; the layer is then as before."""
         if tuple(w.shape) != (self.out_features, self.in_features):
             raise ValueError(f"w: expected {(self.out_features, self.in_features)}, got {tuple(w.shape)}")
-        w4 = quantize_nf4(w.to(self.weight.device), self.block_size, self.double_quant, name="w", quant_type=self.quant_type)
+        w4 = self._quantised(w.to(self.weight.device), "w")
         w4.dtype = self.weight_dtype
         self._store(w4, in_place=True)
 
@@ -131,71 +145,77 @@ class NF4Linear(nn.Linear):
         return NF4Weight(*constants, w4.shape, w4.dtype, w4.block_size, w4.quant_type)
 
     def restore_weight(self, snapshot: NF4Weight) -> None:
-        """Put a snapshot back, bit for bit."""
+        """Put a snapshot back, bit for bit. ValueError for one of another shape."""
+        if tuple(snapshot.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"snapshot: expected {(self.out_features, self.in_features)}, got {tuple(snapshot.shape)}")
         self._store(snapshot.to(self.weight.device), in_place=True)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
-        before = {name: getattr(self, name) for name in _CONSTANTS}
-        super()._apply(fn, recurse)
-        for name, stored in before.items():
-            moved = getattr(self, name)
-            if stored is not None and moved.dtype != stored.dtype:  # a cast: stored constants keep their bytes
-                setattr(self, name, stored.to(moved.device))
-        return self
+        stored = [self.weight, *(getattr(self, name) for name in _CONSTANTS)]
+
+        def without_cast(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            is_stored = any(tensor is t for t in stored)
+            return tensor.to(moved.device) if is_stored and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(without_cast, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update(self.w4.state_dict(prefix))
+        entries = self.w4.state_dict(prefix)
+        destination[f"{prefix}weight"] = entries.pop(f"{prefix}weight")
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        destination.update(entries)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """Takes bitsandbytes' keys as they are, and a plain float weight by quantising it."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
-        weight = f"{prefix}weight"
-        quantised = any(key.startswith(f"{weight}.") for key in state_dict)
-        try:
-            if weight not in state_dict:
-                missing_keys.append(weight)
-            elif quantised or not state_dict[weight].dtype.is_floating_point:
-                self._load_w4(NF4Weight.from_state_dict(state_dict, prefix), assign, weight)
-            else:
-                self._load_dense(state_dict[weight], assign, weight)
-            self._load_bias(state_dict, f"{prefix}bias", assign, missing_keys)
-        except (ValueError, TypeError) as error:
-            error_msgs.append(str(error))
-        known = {f"{prefix}bias"} if self.bias is not None else set()
+        weight, bias = f"{prefix}weight", f"{prefix}bias"
+        parts = {key for key in state_dict if key.startswith(f"{weight}.")}
+        if weight not in state_dict:
+            missing_keys.append(weight)
+        else:
+            try:
+                self._store_loaded(self._loaded(state_dict, prefix, bool(parts)), assign)
+            except (ValueError, TypeError) as error:
+                error_msgs.append(str(error))
+        if self.bias is not None and bias not in state_dict:
+            missing_keys.append(bias)
+        elif self.bias is not None:
+            self._load_bias(state_dict[bias], assign, bias, error_msgs)
         if strict:
-            ours = (k for k in state_dict if k.startswith(prefix) and k != weight and not k.startswith(f"{weight}."))
-            unexpected_keys.extend(k for k in ours if k not in known)
+            known = {weight, bias} if self.bias is not None else {weight}
+            known |= parts if weight in state_dict else set()
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
 
-    def _load_w4(self, w4: NF4Weight, assign: bool, key: str) -> None:
-        if tuple(w4.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"{key}: expected shape {(self.out_features, self.in_features)}, got {tuple(w4.shape)}")
-        assign = assign or self.weight.is_meta
+    def _loaded(self, state_dict: dict[str, torch.Tensor], prefix: str, has_parts: bool) -> NF4Weight:
+        """The file's 4-bit weight, or its float weight in 4 bits. Nothing of the layer changes yet."""
+        key, shape = f"{prefix}weight", (self.out_features, self.in_features)
+        w = state_dict[key]
+        if has_parts or not isinstance(w, torch.Tensor) or not w.dtype.is_floating_point:
+            w = NF4Weight.from_state_dict(state_dict, prefix)
+        if tuple(w.shape) != shape:
+            raise ValueError(f"size mismatch for {key}: expected shape {shape}, got {tuple(w.shape)}")
+        return w if isinstance(w, NF4Weight) else self._quantised(w, key)
+
+    def _store_loaded(self, w4: NF4Weight, assign: bool) -> None:
+        """``assign`` shares the file's tensors, on their device; else they are copied to the layer's (a meta layer has none)."""
         if not assign:
-            copies = [None if t is None else t.to(self.weight.device, copy=True) for t in w4.tensors()]
+            device = w4.device if self.weight.is_meta else self.weight.device
+            copies = [None if t is None else t.to(device, copy=True) for t in w4.tensors()]
             w4 = NF4Weight(*copies, w4.shape, w4.dtype, w4.block_size, w4.quant_type)
         self._store(w4, in_place=not assign)
 
-    def _load_dense(self, w: torch.Tensor, assign: bool, key: str) -> None:
-        if tuple(w.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"{key}: expected shape {(self.out_features, self.in_features)}, got {tuple(w.shape)}")
-        assign = assign or self.weight.is_meta
-        self._store(self._quantised(w if assign else w.to(self.weight.device), key), in_place=not assign)
-
-    def _load_bias(self, state_dict: dict[str, torch.Tensor], key: str, assign: bool, missing_keys: list[str]) -> None:
-        if self.bias is None:
-            return
-        if key not in state_dict:
-            missing_keys.append(key)
-            return
-        bias = state_dict[key]
+    def _load_bias(self, bias: torch.Tensor, assign: bool, key: str, error_msgs: list[str]) -> None:
         if bias.shape != self.bias.shape:
-            raise ValueError(f"{key}: expected shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}")
-        if assign or self.bias.is_meta:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
+            error_msgs.append(f"size mismatch for {key}: expected shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}")
+        elif assign or self.bias.is_meta:
+            bias = bias.detach() if assign else bias.detach().clone()
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         else:
             self.bias.data.copy_(bias)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -25,25 +25,27 @@ def quantize_model(
 ) -> nn.Module:
     """Replace each nn.Linear and Conv1D by an NF4Linear; peak memory is the model and one layer. Returns the model.
 
-    Left dense: modules with a name or a path in ``skip``; those that the model keeps in fp32 (transformers'
-    ``_keep_in_fp32_modules``: T5 casts to ``wo.weight.dtype``); weights that another module shares (tied heads).
-    A ValueError names the layer where a weight isn't finite; layers before it are quantised by then.
+    Left dense: modules with a name or a path in ``skip``, and all below them; those that the model or a part of it keeps in fp32
+    (transformers' ``_keep_in_fp32_modules``: T5 casts to ``wo.weight.dtype``); weights that another module shares (tied heads);
+    children of nn.TransformerEncoderLayer (its fast path reads their floats itself). A module that stands at several places is
+    quantised once and stays shared. A ValueError names the layer where a weight isn't finite; layers before it are quantised by
+    then. TypeError for a model that is itself a linear layer, and for a ``skip`` that is one string.
     """
-    if type(model) is nn.Linear or is_conv1d(model):
+    if _is_dense(model):
         raise TypeError("model: expected a module that holds linear layers, got a linear layer; use NF4Linear.from_linear")
-    kept = {*skip, *_kept_in_fp32(model)}
-    names = [name for name, module in model.named_modules() if _is_dense(module) and not _is_kept(name, kept)]
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
     shared = _shared_weights(model)
-    for name in track(names, "quantising to NF4", progress):
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        linear = getattr(parent, child)
+    for paths in track(_places(model, skip), "quantising to NF4", progress):
+        linear = model.get_submodule(paths[0])
         if id(linear.weight) in shared:
-            logger.info("%s stays dense: its weight is shared with another module", name)
+            logger.info("%s stays dense: its weight is shared with another module", paths[0])
             continue
-        layer = NF4Linear.from_linear(linear, block_size, double_quant, name=f"{name}.weight")
+        layer = NF4Linear.from_linear(linear, block_size, double_quant, name=f"{paths[0]}.weight")
         del linear  # before the next layer is quantised: its floats go now
-        setattr(parent, child, layer)
+        for path in paths:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
     return model
 
 
@@ -51,14 +53,32 @@ def _is_dense(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
 
 
-def _is_kept(path: str, kept: set[str]) -> bool:
-    return path in kept or any(part in kept for part in path.split("."))
+def _places(model: nn.Module, skip: Sequence[str]) -> list[list[str]]:
+    """The linear layers to quantise, each with every path it has; none of these may be kept."""
+    kept, places = {}, defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept[path] = (*_kept_in_fp32(module), *(skip if path == "" else ()))
+        if _is_dense(module):
+            places[id(module)].append(path)
+    return [paths for paths in places.values() if not any(_is_kept(path, kept, model) for path in paths)]
 
 
-def _kept_in_fp32(model: nn.Module) -> list[str]:
+def _is_kept(path: str, kept: dict[str, Sequence[str]], model: nn.Module) -> bool:
+    """Whether an ancestor of ``path`` keeps it dense: its names are runs of whole parts of the path below it."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        ancestor, below = ".".join(parts[:depth]), ".".join(parts[depth:])
+        if isinstance(model.get_submodule(ancestor), nn.TransformerEncoderLayer):
+            return True
+        if any(f".{name}." in f".{below}.weight." for name in kept[ancestor]):
+            return True
+    return False
+
+
+def _kept_in_fp32(module: nn.Module) -> list[str]:
     names: list[str] = []
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        names += list(getattr(model, attribute, None) or ())
+        names += list(getattr(module, attribute, None) or ())
     return names
 
 
