@@ -6,6 +6,7 @@ literals, rounded once to fp32: four of them lie one ulp beside the midpoints of
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,21 +46,25 @@ NF4 = Code4(
 )  # fmt: skip
 
 
+def _fp32(value: float) -> float:
+    """Rounded as a C compiler rounds the literal. Without torch, whose default device and dtype are the user's."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 # The rule is |x| > t with the sign apart. For negative x that is x < -t, so the threshold on that side is the number just
 # below -t; between code 8 (x < 0) and code 0 it is the number just below zero.
 FP4 = Code4(
     number=1,
-    values=(
-        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
-        -0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
-    ),
-    thresholds=tuple(
-        float.fromhex(t)
-        for t in (
-            "-0x1.aaaaacp-1", "-0x1.2aaaa2p-1", "-0x1.aaaaaep-2", "-0x1.2aaaacp-2", "-0x1.aaaaacp-3", "-0x1.600002p-4",
-            "-0x1.555574p-9", "-0x1p-149", "0x1.555572p-9", "0x1.6p-4", "0x1.aaaaaap-3", "0x1.2aaaaap-2", "0x1.aaaaacp-2",
-            "0x1.2aaaap-1", "0x1.aaaaaap-1",
-        )
+    values=tuple(_fp32(sign * v / 12) for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+    thresholds=(
+        *(
+            float.fromhex(t)
+            for t in (
+                "-0x1.aaaaacp-1", "-0x1.2aaaa2p-1", "-0x1.aaaaaep-2", "-0x1.2aaaacp-2", "-0x1.aaaaacp-3", "-0x1.600002p-4",
+                "-0x1.555574p-9", "-0x1p-149",
+            )
+        ),
+        *map(_fp32, (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)),
     ),
     code_of_rank=(11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3),
     code_of_zero=0,
