@@ -1,0 +1,63 @@
+"""The package builds as sdist and wheel, and installs where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "_EditableFinder" not in repr(f)]  # it would lend the checkout's own peftk._C
+import peftk, torch
+from peftk.native import native
+w4 = peftk.quantize_nf4(torch.randn(4, 64))
+assert w4.dequantize().shape == (4, 64)
+print(peftk.__file__); print(native() is not None); print(peftk.info())
+"""
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def install(source: Path, target: Path, **environment: str) -> str:
+    """Install without dependencies into a folder of its own, import from there, and return what CHECK prints."""
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target))
+    run(*pip, str(source), cwd=target.parent, **environment)
+    return run(sys.executable, "-P", "-c", CHECK, cwd=target.parent, PYTHONPATH=str(target))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
+    return next(folder.glob("peftk-*.tar.gz"))
+
+
+def test_sdist_holds_what_a_build_needs(sdist):
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    tracked = subprocess.run(["git", "ls-files", "csrc", "peftk"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert set(tracked) | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_wheel_from_the_sdist_without_nvcc(sdist, tmp_path):
+    printed = install(sdist, tmp_path / "site", PEFTK_CMAKE_ARGS="-DPEFTK_CUDA=OFF").splitlines()
+    assert printed[0].startswith(str(tmp_path)) and printed[1] == "True"
+    assert "does not run: this build found no nvcc" in printed[-2]
+
+
+def test_installs_without_a_compiler(sdist, tmp_path):
+    """The reference runs, and info() says what the build said."""
+    printed = install(sdist, tmp_path / "site", CXX=str(tmp_path / "no-compiler-here"))
+    assert printed.splitlines()[1] == "False"
+    assert "cpu        does not run: the native build failed" in printed
