@@ -1,8 +1,23 @@
 """peftk: kernels and thin modules for cheap fine-tuning of large models. The public names, grouped; nothing else."""
 
 from peftk import nn, ops
+from peftk.checkpoint import load_adapter, save_adapter
 from peftk.format.nf4 import NF4Weight
 from peftk.info import info
+from peftk.methods import (
+    LoraConfig,
+    attach,
+    delete_adapter,
+    detach,
+    disable_adapters,
+    merge,
+    qlora,
+    qlora_config,
+    report,
+    set_adapter,
+    trainable_parameters,
+    unmerge,
+)
 from peftk.nn import quantize_model
 from peftk.ops import quantize_nf4
 from peftk.ops.dispatch import use
@@ -16,6 +31,20 @@ __all__ = [
     "ops",
     "use",
     # modules and models
+    "LoraConfig",
+    "attach",
+    "delete_adapter",
+    "detach",
+    "disable_adapters",
+    "load_adapter",
+    "merge",
     "nn",
+    "qlora",
+    "qlora_config",
     "quantize_model",
+    "report",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+    "unmerge",
 ]

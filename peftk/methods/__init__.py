@@ -1,0 +1,30 @@
+"""Methods: one file each, over the base-layer interface; attach.py has what a model with adapters does."""
+
+from peftk.methods.attach import (
+    attach,
+    delete_adapter,
+    detach,
+    disable_adapters,
+    merge,
+    set_adapter,
+    trainable_parameters,
+    unmerge,
+)
+from peftk.methods.lora import LoraConfig
+from peftk.methods.qlora import qlora, qlora_config
+from peftk.methods.report import report
+
+__all__ = [
+    "LoraConfig",
+    "attach",
+    "delete_adapter",
+    "detach",
+    "disable_adapters",
+    "merge",
+    "qlora",
+    "qlora_config",
+    "report",
+    "set_adapter",
+    "trainable_parameters",
+    "unmerge",
+]
