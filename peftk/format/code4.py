@@ -55,7 +55,8 @@ def _fp32(value: float) -> float:
 # below -t; between code 8 (x < 0) and code 0 it is the number just below zero.
 FP4 = Code4(
     number=1,
-    values=tuple(_fp32(sign * v / 12) for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+    # Both zeros are +0, as in bitsandbytes' quant_map.
+    values=tuple(_fp32(sign * v / 12 + 0.0) for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
     thresholds=(
         *(
             float.fromhex(t)
