@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -308,3 +309,137 @@ def test_snapshot_and_restore(n, k, double_quant):
         assert stored(layer) == before and layer.weight is parameter
     with pytest.raises(ValueError, match=rf"snapshot: expected \({n}, {k}\), got \(2, {k + n}\)"):
         layer.restore_weight(NF4Linear(k + n, 2).weight_snapshot())
+
+
+# ---- loading -------------------------------------------------------------------------------------------------
+
+
+def bitsandbytes_entries(layer: nn.Linear, quant_type: str, nested: bool, storage=torch.uint8) -> dict[str, torch.Tensor]:
+    bnb = pytest.importorskip("bitsandbytes")
+    n, k = layer.weight.shape
+    theirs = bnb.nn.Linear4bit(k, n, layer.bias is not None, torch.float32, nested, quant_type, storage)
+    theirs.load_state_dict(layer.state_dict())
+    return dict(theirs.to("cpu").state_dict(prefix="1."))
+
+
+def model_of(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), layer)
+
+
+ways = pytest.mark.parametrize(("device", "assign"), [("cpu", False), ("cpu", True), ("meta", False), ("meta", True)])
+
+
+@ways
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_loads_bitsandbytes(device, assign, quant_type, nested, storage):
+    entries = bitsandbytes_entries(linear(32, 128), quant_type, nested, storage)
+    model = model_of(NF4Linear(128, 32, device=device))
+    parameter = model[1].weight
+    assert str(model.load_state_dict(entries, assign=assign)) == "<All keys matched successfully>"
+    layer, w4 = model[1], peftk.NF4Weight.from_state_dict(entries, "1.")
+    assert (layer.quant_type, layer.double_quant, layer.block_size, layer.weight_dtype) == (quant_type, nested, 64, torch.float32)
+    assert torch.equal(layer.dense_weight(), w4.dequantize(torch.float32)) and torch.equal(layer.bias, entries["1.bias"])
+    assert not layer.weight.requires_grad and layer.bias.requires_grad
+    assert (layer.weight is parameter) == (device == "cpu" and not assign)
+    shares = [
+        layer.weight.data_ptr() == entries["1.weight"].data_ptr(),
+        layer.absmax.data_ptr() == entries["1.weight.absmax"].data_ptr(),
+    ]
+    assert shares == [assign, assign] and (layer.bias.data_ptr() == entries["1.bias"].data_ptr()) == assign
+    saved = model.state_dict()
+    assert list(saved) == list(entries)
+    for key, tensor in entries.items():
+        assert torch.equal(saved[key].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), key
+
+
+@ways
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("k", "double_quant"), [(80, True), (33, False)])
+def test_loads_a_float_weight(device, assign, dtype, k, double_quant):
+    origin = linear(10, k, dtype=dtype)
+    model = model_of(NF4Linear(k, 10, block_size=32, double_quant=double_quant, device=device))
+    model.load_state_dict(model_of(origin).state_dict(), assign=assign)
+    expected = stored(NF4Linear.from_linear(origin, 32, double_quant))
+    assert stored(model[1]) == expected and model[1].weight_dtype == dtype
+    assert torch.equal(model[1].bias, origin.bias if assign or device == "meta" else origin.bias.float())
+    assert f'"dtype": "{str(dtype)[6:]}"' in bytes(model.state_dict()["1.weight.quant_state.bitsandbytes__nf4"].tolist()).decode()
+
+
+def test_a_float_weight_keeps_the_code():
+    layer = NF4Linear(128, 32)
+    layer.load_state_dict({k[2:]: t for k, t in bitsandbytes_entries(linear(32, 128), "fp4", True).items()})
+    layer.load_state_dict(origin := linear(32, 128).state_dict())
+    assert torch.equal(layer.dense_weight(), peftk.quantize_nf4(origin["weight"], quant_type="fp4").dequantize(torch.float32))
+
+
+def without(entries: dict, *keys: str) -> dict:
+    return {key: t for key, t in entries.items() if key not in keys}
+
+
+LOADS = {
+    "no weight": (lambda e, f: without(f, "1.weight"), r'Missing key\(s\) in state_dict: "1.weight"'),
+    "no bias": (lambda e, f: without(e, "1.bias"), r'Missing key\(s\) in state_dict: "1.bias"'),
+    "nothing": (lambda e, f: {}, r'Missing key\(s\) in state_dict: "1.weight", "1.bias"'),
+    "codes without constants": (lambda e, f: {k: e[k] for k in ("1.weight", "1.bias")}, "1.weight: expected it beside exactly"),
+    "constants without codes": (lambda e, f: without(e, "1.weight"), r'Missing .*"1.weight"(.|\n)*Unexpected .*"1.weight.abs'),
+    "no absmax": (lambda e, f: without(e, "1.weight.absmax"), r"1.weight: missing parts \['absmax'\]"),
+    "a part more": (lambda e, f: {**e, "1.weight.more": torch.zeros(1)}, r"1.weight: .*unexpected parts \['more'\]"),
+    "a key more": (lambda e, f: {**e, "1.scale": torch.zeros(1)}, r'Unexpected key\(s\) in state_dict: "1.scale"'),
+    "a child more": (lambda e, f: {**f, "1.weights.absmax": torch.zeros(1)}, r'Unexpected key\(s\) .* "1.weights.absmax"'),
+    "another table": (lambda e, f: {**e, "1.weight.quant_map": torch.linspace(-1, 1, 16)}, "1.weight.quant_map: expected the 16"),
+    "float of another shape": (lambda e, f: {**f, "1.weight": torch.zeros(10, 81)}, r"for 1.weight: expected shape \(10, 80\)"),
+    "4-bit of another shape": (
+        lambda e, f: {**NF4Linear(160, 5).state_dict(prefix="1."), "1.bias": f["1.bias"]},
+        r"size mismatch for 1.weight: expected shape \(10, 80\), got \(5, 160\)",
+    ),
+    "bias of another shape": (lambda e, f: {**f, "1.bias": torch.zeros(9)}, r"for 1.bias: expected shape \(10,\), got"),
+    "NaN": (lambda e, f: {**f, "1.weight": torch.full((10, 80), torch.nan)}, "1.weight: expected finite values, got nan"),
+    "integers": (lambda e, f: {**f, "1.weight": torch.zeros(10, 80, dtype=torch.int64)}, "1.weight: expected it beside exactly"),
+    "no tensor": (lambda e, f: {**f, "1.weight": None}, "1.weight: expected it beside exactly"),
+    "two at once": (lambda e, f: {"1.weight": e["1.weight"]}, r'Missing .*"1.bias"(.|\n)*1.weight: expected it beside exactly'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), LOADS.values(), ids=LOADS.keys())
+def test_refuses_to_load(make, message):
+    entries, floats = (model_of(layer).state_dict() for layer in (NF4Linear.from_linear(linear()), linear()))
+    model = model_of(NF4Linear.from_linear(linear()))
+    before, identity = stored(model[1]), model[1].weight
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict(make(entries, floats))
+    assert re.search(message, str(caught.value)), caught.value
+    if "1.weight" in message and not message.startswith("Unexpected"):
+        assert stored(model[1]) == before and model[1].weight is identity
+
+
+def test_not_strict():
+    model = model_of(NF4Linear.from_linear(linear()))
+    before = stored(model[1])
+    result = model.load_state_dict({"1.bias": torch.ones(10), "1.more": torch.zeros(1)}, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["1.weight"], ["1.more"])
+    assert stored(model[1]) == before and torch.equal(model[1].bias, torch.ones(10))
+
+
+def test_a_layer_without_bias():
+    layer = NF4Linear.from_linear(linear(bias=False))
+    assert layer.bias is None and "bias" not in layer.state_dict()
+    layer.load_state_dict(NF4Linear.from_linear(linear(bias=False)).state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "bias"'):
+        layer.load_state_dict(linear().state_dict())
+
+
+def test_load_hooks_run():
+    layer, seen = NF4Linear(64, 8), []
+    layer.register_load_state_dict_pre_hook(lambda module, entries, prefix, *_: seen.append((module, prefix)))
+    model_of(layer).load_state_dict(model_of(NF4Linear(64, 8)).state_dict())
+    assert seen == [(layer, "1.")]
+
+
+def test_two_layers_do_not_share_what_they_loaded():
+    entries = NF4Linear.from_linear(linear()).state_dict()
+    one, two = NF4Linear(80, 10, device="meta"), NF4Linear(80, 10, device="meta")
+    one.load_state_dict(entries), two.load_state_dict(entries)
+    before = stored(two)
+    one.set_dense_weight(torch.ones(10, 80))
+    assert stored(two) == before and torch.equal(entries["weight"].flatten(), two.weight.flatten())

@@ -1,0 +1,94 @@
+"""peftk.info(): what runs here, what doesn't, and why not."""
+
+from __future__ import annotations
+
+import importlib
+import types
+
+import pytest
+import torch
+
+import peftk
+from peftk.native import native, why_not_native
+
+module = importlib.import_module("peftk.info")  # `peftk.info` is the function
+
+
+def other_machine(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
+    """As if the native module were this one; without functions there is none."""
+    there = None
+    if functions:
+        there = types.SimpleNamespace(available_tiers=lambda: ["scalar", "avx2"], tier=lambda: "avx2", **functions)
+        there.thread_runtime = "libgomp.so"
+    monkeypatch.setattr(module, "native", lambda: there)
+    monkeypatch.setattr(module, "why_not_native", lambda: "" if there else "no compiler: c++ was not found")
+
+
+def test_this_machine():
+    info, shown = peftk.info(), str(peftk.info())
+    assert info.versions["torch"] == torch.__version__ and set(info.versions) == {"peftk", "torch", "python"}
+    assert f"torch {torch.__version__}" in shown and f"peftk {info.versions['peftk']}" in shown
+    assert info.native == (native() is not None) == (info.why_not_native == "") == (why_not_native() == "")
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["reference", "cpu", "cuda", "triton"]
+    if info.native:
+        assert info.cpu_tier in info.cpu_tiers and info.cpu_tiers[0] == "scalar"
+        assert info.cpu_tier in shown and info.threads in shown and f"{torch.get_num_threads()} of them" in shown
+
+
+def test_every_absence_has_a_reason():
+    info = peftk.info()
+    assert info.native or info.why_not_native
+    assert info.cuda or info.why_not_cuda
+    for line in str(info).splitlines():
+        if "does not run" in line:
+            assert len(line.partition("does not run: ")[2]) > 5
+
+
+def test_changes_nothing():
+    before = torch.get_num_threads(), native() and native().tier()
+    assert peftk.info() == peftk.info()
+    assert before == (torch.get_num_threads(), native() and native().tier())
+
+
+def test_the_tier_in_use():
+    if native() is None:
+        pytest.skip(why_not_native())
+    with peftk.use("cpu-scalar"):
+        assert peftk.info().cpu_tier == "scalar"
+    assert peftk.info().cpu_tier == native().tier()
+
+
+def test_without_the_native_module(monkeypatch):
+    other_machine(monkeypatch)
+    info = peftk.info()
+    assert (info.native, info.cpu_tiers, info.cpu_tier, info.cuda, info.devices) == (False, [], None, False, [])
+    assert info.why_not_native == info.why_not_cuda == "no compiler: c++ was not found"
+    assert "cpu        does not run: no compiler: c++ was not found" in str(info)
+    assert "cuda       does not run: no compiler: c++ was not found" in str(info)
+    assert "reference  runs everywhere" in str(info)
+
+
+@pytest.mark.parametrize(
+    ("functions", "reason"),
+    [
+        ({"version": 1}, "this build found no nvcc"),
+        (
+            {"cuda_devices": lambda: [], "cuda_status": lambda: "no CUDA-capable device is detected"},
+            "no CUDA-capable device is detected",
+        ),
+        ({"cuda_devices": lambda: [], "cuda_status": lambda: ""}, "no device"),
+    ],
+)
+def test_why_not_cuda(monkeypatch, functions, reason):
+    other_machine(monkeypatch, **functions)
+    info = peftk.info()
+    assert info.native and not info.cuda and info.why_not_cuda == reason and f"cuda       does not run: {reason}" in str(info)
+    assert "cpu        avx2 (also: scalar); threads: libgomp.so" in str(info)
+
+
+def test_a_source_tree_that_is_not_installed(monkeypatch):
+    def missing(name):
+        raise module.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "version", missing)
+    assert peftk.info().versions["peftk"] == "(not installed)" and "peftk (not installed)" in str(peftk.info())
