@@ -1,17 +1,13 @@
 """bench/measure.py: order, clocks, verdicts."""
 
 import gc
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-
-from bench import measure  # noqa: E402
-from bench.measure import Candidate, Case, Goal, Limits, Work  # noqa: E402
+from bench import measure
+from bench.measure import Candidate, Case, Goal, Limits, Work
 
 LIMITS = Limits(read=10e9, write=5e9, copy=8e9, peak={torch.bfloat16: 100e9, torch.float32: 50e9})
 WORK = Work(read=6_000_000, write=2_000_000, flop=4_000_000)

@@ -2,19 +2,15 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import peftk
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-
-from bench import peers  # noqa: E402
-from bench.__main__ import arguments, ops  # noqa: E402
-from bench.measure import relative_error  # noqa: E402
+from bench import peers
+from bench.__main__ import arguments, ops
+from bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 

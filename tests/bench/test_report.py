@@ -1,16 +1,13 @@
 """bench/report.py: what is printed, what is recorded, what the README gets."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-
-from bench import report  # noqa: E402
-from bench.measure import Limits, Row  # noqa: E402
+from bench import report
+from bench.measure import Limits, Row
 
 LIMITS = Limits(read=10e9, write=5e9, copy=8e9, peak={torch.bfloat16: 100e9, torch.float32: 50e9})
 VERSIONS = {"peftk": "0.1", "torch": "2.13", "bitsandbytes": "not installed", "peft": "0.21"}
