@@ -14,12 +14,12 @@ void run_on_threads(int threads, void (*body)(void* context, int thread, int thr
 // it), else a parked pool of our own. `preferred_folder`: take the runtime of this folder first. Returns a line for peftk.info().
 std::string find_thread_runtime(const std::string& preferred_folder);
 
-// body(begin, end) over [0, units), cut statically.
+// body(begin, end, thread) over [0, units), cut statically.
 template <class Body>
-void parallel_for(std::int64_t units, int threads, Body&& body) {
+void parallel_for_threads(std::int64_t units, int threads, Body&& body) {
   if (threads > units) threads = static_cast<int>(units);
   if (threads <= 1) {
-    if (units > 0) body(std::int64_t{0}, units);
+    if (units > 0) body(std::int64_t{0}, units, 0);
     return;
   }
   struct Context {
@@ -31,9 +31,15 @@ void parallel_for(std::int64_t units, int threads, Body&& body) {
       [](void* raw, int thread, int team) {
         auto& c = *static_cast<Context*>(raw);
         const std::int64_t begin = c.units * thread / team, end = c.units * (thread + 1) / team;
-        if (begin < end) (*c.body)(begin, end);
+        if (begin < end) (*c.body)(begin, end, thread);
       },
       &context);
+}
+
+// body(begin, end) over [0, units), cut statically.
+template <class Body>
+void parallel_for(std::int64_t units, int threads, Body&& body) {
+  parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int) { body(begin, end); });
 }
 
 }  // namespace peftk

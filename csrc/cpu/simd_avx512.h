@@ -41,6 +41,8 @@ inline void stream_fence() { _mm_sfence(); }
 
 inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 multiply_add(F32 a, F32 b, F32 sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
+inline float reduce_sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 
 inline U32 zero_bits() { return {_mm512_setzero_si512()}; }
 inline U32 max_magnitude_bits(U32 so_far, F32 x) {
@@ -82,6 +84,13 @@ inline U32 rank256(const float* thresholds, F32 x) {
 
 // One byte in each 64-bit lane: its high nibble belongs to the even dword, its low nibble to the odd one. Bits above 3:0 stay.
 inline U32 nibbles(const std::uint8_t* packed) {
+#ifdef PEFTK_TIER_IS_AVX512_BF16  // VBMI: all 8 bytes in each lane, and in each dword the 8 bits from its nibble on
+  const __m512i first_bit = _mm512_setr_epi64(0x0000000000000004, 0x000000080000000c, 0x0000001000000014, 0x000000180000001c,
+                                              0x0000002000000024, 0x000000280000002c, 0x0000003000000034, 0x000000380000003c);
+  long long eight;
+  std::memcpy(&eight, packed, 8);
+  return {_mm512_multishift_epi64_epi8(first_bit, _mm512_set1_epi64(eight))};
+#endif
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)packed));
   return {_mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32))};
 }

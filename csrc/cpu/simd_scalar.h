@@ -81,6 +81,13 @@ inline F32 operator+(F32 a, F32 b) {
   return a;
 }
 
+inline F32 multiply_add(F32 a, F32 b, F32 sum) { return a * b + sum; }
+inline float reduce_sum(F32 v) {
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v.lane[i] += v.lane[i + half];
+  return v.lane[0];
+}
+
 inline U32 zero_bits() { return U32{}; }
 inline U32 max_magnitude_bits(U32 so_far, F32 v) {
   for (int i = 0; i < kLanes; i++) {

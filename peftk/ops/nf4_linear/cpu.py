@@ -1,7 +1,4 @@
-"""W is decoded a panel of rows at a time into the second-level cache (csrc/ops/nf4_dequantize/cpu.cpp), and each panel is
-multiplied before the next one is decoded: the largest temporary is PANEL_BYTES, whatever the size of W."""
-
-from collections.abc import Iterator
+"""csrc/ops/nf4_linear/cpu.cpp"""
 
 import torch
 
@@ -9,53 +6,38 @@ from peftk.format.code4 import code4
 from peftk.native import NATIVE_DTYPE, address, native
 from peftk.ops.dispatch import Implementation, reasons_against_cpu, reasons_against_dtype
 
-PANEL_BYTES = 1 << 20  # half of it is too short for torch's matmul, twice as much falls out of a 1 MB second-level cache
-
 
 def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, size, block_size, quant_type, bias=None) -> list[str]:
-    return reasons_against_cpu(x, packed, absmax, bias) + reasons_against_dtype("x", x.dtype)
+    return reasons_against_cpu(x, packed, absmax, absmax_scale, absmax_offset, bias) + reasons_against_dtype("x", x.dtype)
 
 
-def panels(weight: tuple, n: int, k: int, block_size: int, quant_type: str, dtype: torch.dtype) -> Iterator[tuple]:
-    """(first row, last row, W[first:last] in ``dtype``), each in the same scratch memory."""
-    packed, absmax, absmax_scale, absmax_offset = weight
-    rows = min(n, max(1, PANEL_BYTES // max(k * dtype.itemsize, 1)))
-    scratch = torch.empty(rows, k, dtype=dtype)
-    fixed = (packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset))
-    for first in range(0, n, rows):
-        last = min(first + rows, n)
-        native().nf4_dequantize(
-            *fixed, first * k, (last - first) * k, block_size, code4(quant_type).number, scratch.data_ptr(),
-            NATIVE_DTYPE[dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        yield first, last, scratch[: last - first]
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """fp16 is computed in fp32: torch's fp16 product on a CPU does not sum in fp32 everywhere."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., k) -> (m, k), neighbours of a row side by side; a view where x allows one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def run(x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, bias) -> torch.Tensor:
-    k = x.shape[-1]
-    rows = x.reshape(-1, k).to(compute_dtype(x))
-    y = torch.empty(rows.shape[0], n, dtype=rows.dtype)
-    for first, last, w in panels((packed, absmax, absmax_scale, absmax_offset), n, k, block_size, quant_type, rows.dtype):
-        part = y[:, first:last]
-        if bias is None:
-            part.copy_(rows @ w.T)
-        else:
-            part.copy_(torch.addmm(bias[first:last].to(rows.dtype), rows, w.T))
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+    rows, packed, absmax = as_rows(x), packed.contiguous(), absmax.contiguous()
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    bias = bias if bias is None else bias.contiguous()
+    native().nf4_linear(
+        packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), n, rows.shape[1], block_size,
+        code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype], address(bias),
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def run_dx(dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant_type) -> torch.Tensor:
-    n = dy.shape[-1]
-    rows = dy.reshape(-1, n).to(compute_dtype(dy))
-    dx = torch.zeros(rows.shape[0], k, dtype=torch.float32)
-    for first, last, w in panels((packed, absmax, absmax_scale, absmax_offset), n, k, block_size, quant_type, rows.dtype):
-        dx += rows[:, first:last] @ w
-    return dx.to(dy.dtype).view(*dy.shape[:-1], k)
+    rows, packed, absmax = as_rows(dy), packed.contiguous(), absmax.contiguous()
+    dx = torch.empty(*dy.shape[:-1], k, dtype=dy.dtype)
+    native().nf4_linear_dx(
+        packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), rows.shape[1], k, block_size,
+        code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[dy.dtype], dx.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
 
 
 FORWARD = Implementation("cpu", run, reasons_against)

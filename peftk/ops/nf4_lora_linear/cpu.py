@@ -1,9 +1,34 @@
 """The base product panel by panel as in nf4_linear; the branch through torch's own products, r columns wide."""
 
+from collections.abc import Iterator
+
 import torch
 
+from peftk.format.code4 import code4
+from peftk.native import NATIVE_DTYPE, address, native
 from peftk.ops.dispatch import Implementation, reasons_against_cpu, reasons_against_dtype
-from peftk.ops.nf4_linear.cpu import compute_dtype, panels
+
+PANEL_BYTES = 1 << 20  # half of it is too short for torch's matmul, twice as much falls out of a 1 MB second-level cache
+
+
+def panels(weight: tuple, n: int, k: int, block_size: int, quant_type: str, dtype: torch.dtype) -> Iterator[tuple]:
+    """(first row, last row, W[first:last] in ``dtype``), each in the same scratch memory."""
+    packed, absmax, absmax_scale, absmax_offset = weight
+    rows = min(n, max(1, PANEL_BYTES // max(k * dtype.itemsize, 1)))
+    scratch = torch.empty(rows, k, dtype=dtype)
+    fixed = (packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset))
+    for first in range(0, n, rows):
+        last = min(first + rows, n)
+        native().nf4_dequantize(
+            *fixed, first * k, (last - first) * k, block_size, code4(quant_type).number, scratch.data_ptr(),
+            NATIVE_DTYPE[dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        yield first, last, scratch[: last - first]
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """fp16 is computed in fp32: torch's fp16 product on a CPU does not sum in fp32 everywhere."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, A, B, *_) -> list[str]:

@@ -1,0 +1,100 @@
+// From rows (rows.h) to cells (tile.h). Knows no op.
+//   panel_along    the rows become columns of the panel, the depth runs along them (W in y = x W^T): a square transpose each
+//   panel_across   the rows are steps of the depth (W in dx = dy W)
+//   pack_left      the left side, groups of kTileRows rows side by side
+#pragma once
+#include <algorithm>
+
+#include "cpu/rows.h"
+#include "cpu/tile.h"
+
+namespace peftk::PEFTK_TIER {
+
+inline U32 cell_along(FloatCell, const F32* v) { return as_cells(v[0]); }
+inline U32 cell_across(FloatCell, const F32* v, int) { return as_cells(v[0]); }
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+inline U32 cell_along(PairCell, const F32* v) { return pair_neighbours(v[0], v[1]); }
+inline U32 cell_across(PairCell, const F32* v, int next_row) { return pair_lanes(v[0], v[next_row]); }
+#endif
+
+// What a panel covers: columns [col, col + cols) in `vectors` vectors, depth [depth, depth + count).
+struct Span {
+  std::int64_t col;
+  int cols, vectors;
+  std::int64_t depth, count;
+};
+
+template <class Cell, class Rows>
+void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
+  constexpr int D = Cell::kDepth, kReach = D * kLanes;  // depth of a square
+  const std::int64_t steps = steps_of<Cell>(span.count), line = span.vectors * kLanes;
+  for (int v = 0; v < span.vectors; v++) {
+    const int used = lanes_left(span.cols, v);
+    const std::int64_t first = span.col + v * kLanes;
+    const std::int64_t whole = used == kLanes && rows.aligned() ? span.count / kReach * kReach : 0;
+    std::uint32_t* out = panel + v * kLanes;
+    U32 square[kLanes];
+    F32 wide[D];
+    for (std::int64_t d = 0; d < whole; d += kReach, out += kLanes * line) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        rows.template read_whole<D>(first + i, span.depth + d, wide);
+        square[i] = cell_along(Cell{}, wide);
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) store_cells(out + i * line, square[i]);
+    }
+    for (std::int64_t d = whole; d < span.count; d += kReach, out += kLanes * line) {
+      for (U32& row : square) row = zero_bits();
+      for (int i = 0; i < used; i++) {
+        rows.template read<D>(first + i, span.depth + d, static_cast<int>(std::min<std::int64_t>(span.count - d, kReach)), wide);
+        square[i] = cell_along(Cell{}, wide);
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes && d / D + i < steps; i++) store_cells(out + i * line, square[i]);
+    }
+  }
+}
+
+template <class Cell, int V, class Rows>
+void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
+  constexpr int D = Cell::kDepth;
+  const std::int64_t whole = span.cols == V * kLanes && rows.aligned() ? span.count / D * D : 0;
+  F32 wide[D * V];
+  for (std::int64_t d = 0; d < whole; d += D, panel += V * kLanes) {
+    for (int i = 0; i < D; i++) rows.template read_whole<V>(span.depth + d + i, span.col, wide + i * V);
+    for (int v = 0; v < V; v++) store_cells(panel + v * kLanes, cell_across(Cell{}, wide + v, V));
+  }
+  for (std::int64_t d = whole; d < span.count; d += D, panel += V * kLanes) {
+    for (F32& v : wide) v = broadcast(0.0f);
+    for (int i = 0; i < D && d + i < span.count; i++)
+      rows.template read<V>(span.depth + d + i, span.col, span.cols, wide + i * V);
+    for (int v = 0; v < V; v++) store_cells(panel + v * kLanes, cell_across(Cell{}, wide + v, V));
+  }
+}
+
+// Rows [row, row + count) of the left side as groups group_stride cells apart, [depth's steps][kTileRows] each; rows that are
+// missing in the last group are zero.
+template <class Cell, class Rows>
+void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
+  constexpr int D = Cell::kDepth, kReach = D * kLanes;
+  std::uint32_t cells[kTileRows][kLanes];
+  for (std::int64_t d = 0; d < depth; d += kReach) {
+    const int here = static_cast<int>(depth - d < kReach ? depth - d : kReach);
+    for (int i = 0; i < kTileRows; i++) {
+      F32 wide[D];
+      if (i < count) {
+        rows.template read<D>(row + i, d, here, wide);
+        store_cells(cells[i], cell_along(Cell{}, wide));
+      } else {
+        store_cells(cells[i], zero_bits());
+      }
+    }
+    const int steps = static_cast<int>(steps_of<Cell>(here));
+    for (int step = 0; step < steps; step++, out += kTileRows)
+      for (int i = 0; i < kTileRows; i++) out[i] = cells[i][step];
+  }
+}
+
+}  // namespace peftk::PEFTK_TIER

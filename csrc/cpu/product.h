@@ -1,0 +1,176 @@
+// The blocked product: sums[row, col] = start + left * right, panel of columns by panel of columns. A panel of the right side is
+// made once in the second-level cache and multiplied with every group of rows; the whole right side never exists. Knows no op.
+//
+//   result = finish(between(low.left * low.panel) + main.left * main.panel)
+//
+// `low` is a factor pair of small depth whose product the sums start from (depth 0: they start from zero). Threads split columns
+// and rows, never a sum, so results don't depend on their number.
+#pragma once
+#include <algorithm>
+
+#include "cpu/panel.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace peftk::PEFTK_TIER {
+
+// Steps of a panel made at once: kTileCols * 4 bytes each, 480 KB on AVX-512, half of a 1 MB second-level cache.
+inline constexpr std::int64_t kPanelSteps = 2560;
+
+// Steps summed in registers before they are added to the tile: one long chain of fp32 sums would lose twice the digits at
+// k = 4096 that a library's product loses. 1 % of the time.
+inline constexpr std::int64_t kChainSteps = 256;
+
+// `panel(span, cells)` makes the right side's cells; `left` as pack_left writes it for `depth`.
+template <class Panel>
+struct Factors {
+  const std::uint32_t* left;
+  std::int64_t depth;
+  Panel panel;
+};
+template <class Panel>
+Factors<Panel> factors(const std::uint32_t* left, std::int64_t depth, Panel panel) {
+  return {left, depth, panel};
+}
+inline auto no_factors() {
+  return factors(nullptr, 0, [](const Span&, std::uint32_t*) {});
+}
+
+// Sums of rows [row, row + rows) and columns [col, col + cols), `stride` floats from row to row.
+struct Tile {
+  float* sums;
+  std::int64_t row;
+  int rows;
+  std::int64_t col;
+  int cols, stride;
+};
+
+inline auto nothing_between() {
+  return [](const Tile&) {};
+}
+
+inline std::int64_t groups_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+inline constexpr std::int64_t kTileSums = kTileRows * kTileCols;
+
+// Cells that a left side of `rows` rows takes.
+template <class Cell>
+std::int64_t left_cells(std::int64_t rows, std::int64_t depth) {
+  return groups_of(rows) * kTileRows * steps_of<Cell>(depth);
+}
+
+template <class Cell, class Rows>
+void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int64_t depth, std::uint32_t* out, int threads) {
+  parallel_for(groups_of(count), threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t group = begin; group < end; group++) {
+      const std::int64_t row = group * kTileRows;
+      pack_left<Cell>(rows, first + row, count - row, depth, out + row * steps_of<Cell>(depth));
+    }
+  });
+}
+
+// The depth cut into equal chunks of kPanelSteps steps at most.
+template <class Cell>
+struct Chunks {
+  std::int64_t count, steps;
+  explicit Chunks(std::int64_t depth) {
+    const std::int64_t all = steps_of<Cell>(depth);
+    count = all > kPanelSteps ? (all + kPanelSteps - 1) / kPanelSteps : 1;
+    steps = (all + count - 1) / count;
+  }
+};
+
+template <class Cell, class Low, class Main, class Between, class Finish>
+class Product {
+ public:
+  Product(std::int64_t m, std::int64_t cols, const Low& low, const Main& main, const Between& between, const Finish& finish)
+      : m_(m), cols_(cols), low_(low), main_(main), between_(between), finish_(finish), chunks_(main.depth) {}
+
+  void run(int threads) const {
+    const std::int64_t panels = (cols_ + kTileCols - 1) / kTileCols, groups = groups_of(m_);
+    if (panels == 0 || groups == 0) return;
+    // Few columns: the rows are split too, and each part makes the panel for itself.
+    std::int64_t parts = threads / panels < 1 ? 1 : threads / panels;
+    parts = parts < groups ? parts : groups;
+    const std::int64_t slab = slab_cells(groups);
+    const int team = static_cast<int>(threads < panels * parts ? threads : panels * parts);
+    const Scratch memory(sizeof(std::uint32_t) * static_cast<std::size_t>(slab * team));
+    parallel_for_threads(panels * parts, team, [&](std::int64_t begin, std::int64_t end, int thread) {
+      for (std::int64_t unit = begin; unit < end; unit++) {
+        const std::int64_t part = unit % parts;
+        one_panel(unit / parts * kTileCols, groups * part / parts, groups * (part + 1) / parts,
+                  memory.as<std::uint32_t>() + slab * thread);
+      }
+    });
+  }
+
+ private:
+  std::int64_t slab_cells(std::int64_t groups) const {
+    const std::int64_t partial = chunks_.count > 1 ? groups * kTileSums : kTileSums;
+    return (steps_of<Cell>(low_.depth) + chunks_.steps) * kTileCols + partial;
+  }
+
+  void one_panel(std::int64_t col, std::int64_t first_group, std::int64_t last_group, std::uint32_t* slab) const {
+    const int cols = static_cast<int>(cols_ - col < kTileCols ? cols_ - col : kTileCols);
+    with_vectors((cols + kLanes - 1) / kLanes, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      const std::int64_t low_steps = steps_of<Cell>(low_.depth), main_steps = steps_of<Cell>(main_.depth);
+      std::uint32_t* const low_panel = slab;
+      std::uint32_t* const main_panel = low_panel + low_steps * kTileCols;
+      float* const sums = reinterpret_cast<float*>(main_panel + chunks_.steps * kTileCols);
+      if (low_.depth) low_.panel(Span{col, cols, V, 0, low_.depth}, low_panel);
+      for (std::int64_t chunk = 0; chunk < chunks_.count; chunk++) {
+        const std::int64_t first = chunk * chunks_.steps, last = std::min(first + chunks_.steps, main_steps);
+        const std::int64_t depth = first * Cell::kDepth, depth_end = std::min(last * Cell::kDepth, main_.depth);
+        if (depth < depth_end) main_.panel(Span{col, cols, V, depth, depth_end - depth}, main_panel);
+        for (std::int64_t group = first_group; group < last_group; group++) {
+          const std::int64_t row = group * kTileRows;
+          const int rows = static_cast<int>(m_ - row < kTileRows ? m_ - row : kTileRows);
+          const Tile tile{chunks_.count > 1 ? sums + group * kTileSums : sums, row, rows, col, cols, V * kLanes};
+          if (chunk == 0) start<V>(tile, low_panel, low_steps);
+          multiply<V>(main_.left + row * main_steps + first * kTileRows, main_panel, last - first, tile.sums);
+          if (chunk + 1 == chunks_.count) finish_(tile);
+        }
+      }
+    });
+  }
+
+  template <int V>
+  void start(const Tile& tile, const std::uint32_t* low_panel, std::int64_t low_steps) const {
+    std::memset(tile.sums, 0, sizeof(float) * kTileRows * V * kLanes);
+    if (low_steps == 0) return;
+    multiply<V>(low_.left + tile.row * low_steps, low_panel, low_steps, tile.sums);
+    between_(tile);
+  }
+
+  template <int V>
+  static void multiply(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* sums) {
+    for (std::int64_t step = 0; step < steps; step += kChainSteps)
+      multiply_tile<Cell, V>(left + step * kTileRows, panel + step * V * kLanes, std::min(steps - step, kChainSteps), sums);
+  }
+
+  std::int64_t m_, cols_;
+  const Low& low_;
+  const Main& main_;
+  const Between& between_;
+  const Finish& finish_;
+  Chunks<Cell> chunks_;
+};
+
+template <class Cell, class Low, class Main, class Between, class Finish>
+void product(std::int64_t m, std::int64_t cols, const Low& low, const Main& main, const Between& between, const Finish& finish,
+             int threads) {
+  Product<Cell, Low, Main, Between, Finish>(m, cols, low, main, between, finish).run(threads);
+}
+
+// out[0 .. count) = T(sums), `count` any.
+template <class T>
+void store_row(T* out, const float* sums, int count) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(sums + i));
+  if (i == count) return;
+  T few[kLanes];
+  store(few, load(sums + i));
+  std::memcpy(out + i, few, sizeof(T) * static_cast<std::size_t>(count - i));
+}
+
+}  // namespace peftk::PEFTK_TIER

@@ -1,0 +1,67 @@
+// One to kFewRows rows of x: each weight is decoded in registers and used at once, lanes run along k, no panel is written.
+#pragma once
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+
+namespace peftk::PEFTK_TIER {
+
+inline constexpr std::int64_t kFewRows = 4;
+inline constexpr int kFewOutputs = 4;  // rows of W at once: they share the loads of x and keep enough sums in flight
+
+struct FewOutputs {
+  std::int64_t first;  // row of W
+  int count;           // of kFewOutputs
+};
+
+// dots[o][i] = W[first + o] . x[i], x (M, x_stride) fp32 with zeros from k to the next multiple of kLanes.
+template <int M>
+void few_dots(const Rows4<const float*>& w, std::int64_t k, const float* x, std::int64_t x_stride, FewOutputs outputs,
+              float (&dots)[kFewOutputs][M]) {
+  F32 sum[kFewOutputs][M];
+  for (auto& row : sum)
+    for (F32& s : row) s = broadcast(0.0f);
+  const std::int64_t whole = w.aligned() && outputs.count == kFewOutputs ? k : 0;
+  F32 factor[M], weight[kFewOutputs];
+  for (std::int64_t position = 0; position < whole; position += kLanes) {
+    for (int i = 0; i < M; i++) factor[i] = load(x + i * x_stride + position);
+    for (int o = 0; o < kFewOutputs; o++) w.template read_whole<1>(outputs.first + o, position, weight + o);
+    for (int o = 0; o < kFewOutputs; o++)
+      for (int i = 0; i < M; i++) sum[o][i] = multiply_add(weight[o], factor[i], sum[o][i]);
+  }
+  for (std::int64_t position = whole; position < k; position += kLanes) {
+    const int here = static_cast<int>(std::min<std::int64_t>(k - position, kLanes));
+    for (int i = 0; i < M; i++) factor[i] = load(x + i * x_stride + position);
+    for (int o = 0; o < outputs.count; o++) {
+      w.template read<1>(outputs.first + o, position, here, weight);
+      for (int i = 0; i < M; i++) sum[o][i] = multiply_add(weight[0], factor[i], sum[o][i]);
+    }
+  }
+  for (int o = 0; o < kFewOutputs; o++)
+    for (int i = 0; i < M; i++) dots[o][i] = reduce_sum(sum[o][i]);
+}
+
+// out(row of W, row of x, sum) for all of them.
+template <int M, class Out>
+void few_rows(const Matrix4& w, const float* x, std::int64_t x_stride, int threads, Out out) {
+  const std::int64_t units = (w.rows + kFewOutputs - 1) / kFewOutputs;
+  const std::int64_t slab = w.blocks_until(kFewOutputs) + 2;
+  const Scratch constants(sizeof(float) * static_cast<std::size_t>(slab * std::max(threads, 1)));
+  parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
+    float* const decoded = constants.as<float>() + slab * thread;
+    for (std::int64_t unit = begin; unit < end; unit++) {
+      const std::int64_t first = unit * kFewOutputs;
+      const FewOutputs outputs{first, static_cast<int>(std::min<std::int64_t>(w.rows - first, kFewOutputs))};
+      const std::int64_t block = w.blocks_before(first);
+      decode_constants(w.absmax, block, w.blocks_until(first + outputs.count), decoded);
+      float dots[kFewOutputs][M];
+      few_dots<M>(Rows4<const float*>(w, decoded - block), w.k, x, x_stride, outputs, dots);
+      for (int o = 0; o < outputs.count; o++)
+        for (int i = 0; i < M; i++) out(first + o, i, dots[o][i]);
+    }
+  });
+}
+
+}  // namespace peftk::PEFTK_TIER
