@@ -13,6 +13,7 @@
 #include "ops/blockwise8_quantize/op.h"
 #include "ops/nf4_dequantize/op.h"
 #include "ops/nf4_linear/op.h"
+#include "ops/nf4_lora_linear/op.h"
 #include "ops/nf4_quantize/op.h"
 #include "ops/philox_dropout/op.h"
 #ifdef PEFTK_WITH_CUDA
@@ -73,6 +74,8 @@ PYBIND11_MODULE(_C, m) {
   PEFTK_OP(nf4_dequantize);
   PEFTK_OP(nf4_linear);
   PEFTK_OP(nf4_linear_dx);
+  PEFTK_OP(nf4_lora_linear);
+  PEFTK_OP(nf4_lora_linear_backward);
   PEFTK_OP(nf4_quantize);
   PEFTK_OP(philox_dropout);
 }

@@ -17,6 +17,10 @@ namespace peftk::PEFTK_TIER {
 // Steps of a panel made at once: kTileCols * 4 bytes each, 480 KB on AVX-512, half of a 1 MB second-level cache.
 inline constexpr std::int64_t kPanelSteps = 2560;
 
+// Rows of the left side packed at once: 4 MB at a depth of 4096 in bf16. The right side is decoded once for each block of rows,
+// 2 % of a block's time.
+inline constexpr std::int64_t kRowBlock = 512;
+
 // Steps summed in registers before they are added to the tile: one long chain of fp32 sums would lose twice the digits at
 // k = 4096 that a library's product loses. 1 % of the time.
 inline constexpr std::int64_t kChainSteps = 256;
@@ -171,6 +175,38 @@ void store_row(T* out, const float* sums, int count) {
   T few[kLanes];
   store(few, load(sums + i));
   std::memcpy(out + i, few, sizeof(T) * static_cast<std::size_t>(count - i));
+}
+
+template <class T>
+void store_tile(T* out, std::int64_t stride, const Tile& tile) {
+  for (int i = 0; i < tile.rows; i++) store_row(out + (tile.row + i) * stride + tile.col, tile.sums + i * tile.stride, tile.cols);
+}
+
+// One number as T, and back.
+template <class T>
+T narrow(float x) {
+  T lanes[kLanes];
+  store(lanes, broadcast(x));
+  return lanes[0];
+}
+template <class T>
+float widen(T x) {
+  T lanes[kLanes] = {x};
+  float wide[kLanes];
+  store(wide, load(lanes));
+  return wide[0];
+}
+
+template <class T>
+void add_bias(const Tile& tile, const T* bias) {
+  for (int j = 0; j < tile.cols; j += kLanes) {
+    F32 part;
+    DenseRows<T>{bias, 0}.template read<1>(0, tile.col + j, lanes_left(tile.cols - j, 0), &part);
+    for (int i = 0; i < tile.rows; i++) {
+      float* const sums = tile.sums + i * tile.stride + j;
+      store(sums, load(sums) + part);
+    }
+  }
 }
 
 }  // namespace peftk::PEFTK_TIER

@@ -1,90 +1,69 @@
-"""The base product panel by panel as in nf4_linear; the branch through torch's own products, r columns wide."""
-
-from collections.abc import Iterator
+"""csrc/ops/nf4_lora_linear/cpu.cpp"""
 
 import torch
 
 from peftk.format.code4 import code4
 from peftk.native import NATIVE_DTYPE, address, native
 from peftk.ops.dispatch import Implementation, reasons_against_cpu, reasons_against_dtype
-
-PANEL_BYTES = 1 << 20  # half of it is too short for torch's matmul, twice as much falls out of a 1 MB second-level cache
-
-
-def panels(weight: tuple, n: int, k: int, block_size: int, quant_type: str, dtype: torch.dtype) -> Iterator[tuple]:
-    """(first row, last row, W[first:last] in ``dtype``), each in the same scratch memory."""
-    packed, absmax, absmax_scale, absmax_offset = weight
-    rows = min(n, max(1, PANEL_BYTES // max(k * dtype.itemsize, 1)))
-    scratch = torch.empty(rows, k, dtype=dtype)
-    fixed = (packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset))
-    for first in range(0, n, rows):
-        last = min(first + rows, n)
-        native().nf4_dequantize(
-            *fixed, first * k, (last - first) * k, block_size, code4(quant_type).number, scratch.data_ptr(),
-            NATIVE_DTYPE[dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        yield first, last, scratch[: last - first]
+from peftk.ops.nf4_linear.cpu import as_rows
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """fp16 is computed in fp32: torch's fp16 product on a CPU does not sum in fp32 everywhere."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, A, B, *_) -> list[str]:
-    return reasons_against_cpu(x, packed, absmax, A, B) + reasons_against_dtype("x", x.dtype)
+def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, *_) -> list[str]:
+    return reasons_against_cpu(x, packed, absmax, A, B, bias, z) + _reasons_against_dtypes(x, A, B)
 
 
 def reasons_against_backward(dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, *_) -> list[str]:
-    return reasons_against_cpu(dy, x, packed, A, B) + reasons_against_dtype("dy", dy.dtype)
+    return reasons_against_cpu(dy, x, z, s, packed, absmax, A, B) + _reasons_against_dtypes(dy, A, B)
 
 
-def _dropped(z: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    return z if dropout == 0 else torch.ops.peftk.philox_dropout(z, dropout, seed)
+def _reasons_against_dtypes(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> list[str]:
+    return [reason for name, t in (("x", x), ("A", A), ("B", B)) for reason in reasons_against_dtype(name, t.dtype)]
+
+
+def _branch(A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int, int, int]:
+    return A.data_ptr(), NATIVE_DTYPE[A.dtype], B.data_ptr(), NATIVE_DTYPE[B.dtype], A.shape[0]
+
+
+def _dropout(p: float, seed: int) -> tuple[int, float, int]:
+    return int(p * 2**32), 1 / (1 - p), seed
 
 
 def run(
     x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    n, k = B.shape[0], x.shape[-1]
-    dtype = compute_dtype(x)
-    rows = x.reshape(-1, k).to(dtype)
-    dropped = _dropped(x if z is None else z, dropout, seed).reshape(-1, k).to(dtype)
-    s = dropped @ A.to(dtype).T
-    scaled_s, b = s * scale, B.to(dtype)
-    y = torch.empty(rows.shape[0], n, dtype=dtype)
-    weight = (packed, absmax, absmax_scale, absmax_offset)
-    for first, last, w in panels(weight, n, k, block_size, quant_type, dtype):
-        part = y[:, first:last]
-        torch.mm(scaled_s, b[first:last].T, out=part)
-        if bias is not None:
-            part += bias[first:last].to(dtype)
-        part.addmm_(rows, w.T)
-    return y.to(x.dtype).view(*x.shape[:-1], n), s.to(x.dtype).view(*x.shape[:-1], A.shape[0])
+    packed, absmax, A, B = packed.contiguous(), absmax.contiguous(), A.contiguous(), B.contiguous()
+    rows, branch_rows = as_rows(x), z if z is None else as_rows(z)
+    bias = bias if bias is None else bias.contiguous()
+    y = torch.empty(*x.shape[:-1], B.shape[0], dtype=x.dtype)
+    s = torch.empty(*x.shape[:-1], A.shape[0], dtype=x.dtype)
+    native().nf4_lora_linear(
+        packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), B.shape[0], rows.shape[1],
+        block_size, code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype],
+        address(branch_rows), 0 if z is None else branch_rows.stride(0), *_branch(A, B), scale, address(bias),
+        *_dropout(dropout, seed), y.data_ptr(), s.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, s
 
 
 def run_backward(
     dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, dropout, seed,
     need_dx, need_dz,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    n, k, source = dy.shape[-1], x.shape[-1], x if z is None else z
-    dtype = compute_dtype(dy)
-    rows = dy.reshape(-1, n).to(dtype)
-    dropped = _dropped(source, dropout, seed).reshape(-1, k).to(dtype)
-    t = (rows @ B.to(dtype)) * scale
-    dz = None
-    if need_dz or (need_dx and z is None):
-        dz = _dropped((t @ A.to(dtype)).to(source.dtype).view(source.shape), dropout, seed)
-    dx = dy.new_empty(0)
-    if need_dx:
-        total = torch.zeros(rows.shape[0], k) if z is not None else dz.reshape(-1, k).to(torch.float32, copy=True)
-        weight = (packed, absmax, absmax_scale, absmax_offset)
-        for first, last, w in panels(weight, n, k, block_size, quant_type, dtype):
-            total += rows[:, first:last] @ w
-        dx = total.to(x.dtype).view(x.shape)
-    dA = (t.T @ dropped).to(A.dtype)
-    dB = (rows.T @ s.reshape(-1, s.shape[-1]).to(dtype)).float().mul_(scale).to(B.dtype)
-    return dx, dz if need_dz else dy.new_empty(0), dA, dB
+    packed, absmax, s, A, B = packed.contiguous(), absmax.contiguous(), s.contiguous(), A.contiguous(), B.contiguous()
+    rows, branch_rows = as_rows(dy), as_rows(x if z is None else z)
+    dx = torch.empty(x.shape if need_dx else (0,), dtype=dy.dtype)
+    dz = torch.empty(x.shape if need_dz else (0,), dtype=dy.dtype)
+    dA, dB = torch.empty(A.shape, dtype=A.dtype), torch.empty(B.shape, dtype=B.dtype)
+    if rows.shape[0] == 0:
+        return dx, dz, dA.zero_(), dB.zero_()
+    native().nf4_lora_linear_backward(
+        packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), B.shape[0], A.shape[1],
+        block_size, code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[dy.dtype],
+        branch_rows.data_ptr(), branch_rows.stride(0), s.data_ptr(), *_branch(A, B), scale, *_dropout(dropout, seed),
+        int(z is None), dx.data_ptr() if need_dx else 0, dz.data_ptr() if need_dz else 0, dA.data_ptr(), dB.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dz, dA, dB
 
 
 FORWARD = Implementation("cpu", run, reasons_against)

@@ -1,4 +1,5 @@
-// One to kFewRows rows of x: each weight is decoded in registers and used at once, lanes run along k, no panel is written.
+// y = x W^T for one to kFewRows rows of x: each weight is decoded in registers and used at once, lanes run along k, no panel is
+// written. Knows no op.
 #pragma once
 #include <algorithm>
 
@@ -62,6 +63,26 @@ void few_rows(const Matrix4& w, const float* x, std::int64_t x_stride, int threa
         for (int i = 0; i < M; i++) out(first + o, i, dots[o][i]);
     }
   });
+}
+
+// out(row of W, row of x, sum); x is widened to fp32 once.
+template <class T, class Out>
+void few_product(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+  const std::int64_t wide_stride = (w.k + kLanes - 1) / kLanes * kLanes;
+  const Scratch memory(sizeof(float) * static_cast<std::size_t>(m * wide_stride));
+  float* const wide = memory.as<float>();
+  for (std::int64_t i = 0; i < m; i++)
+    for (std::int64_t j = 0; j < w.k; j += kLanes) {
+      F32 v;
+      DenseRows<T>{x, stride}.template read<1>(i, j, static_cast<int>(std::min<std::int64_t>(w.k - j, kLanes)), &v);
+      store(wide + i * wide_stride + j, v);
+    }
+  switch (m) {
+    case 1: return few_rows<1>(w, wide, wide_stride, threads, out);
+    case 2: return few_rows<2>(w, wide, wide_stride, threads, out);
+    case 3: return few_rows<3>(w, wide, wide_stride, threads, out);
+    default: return few_rows<4>(w, wide, wide_stride, threads, out);
+  }
 }
 
 }  // namespace peftk::PEFTK_TIER
