@@ -59,9 +59,3 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def row_scaled(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Gaussian weights, each row at a scale of its own: with equal scales a wrong block index would hide."""
-    scale = torch.exp(2 * torch.randn(shape[0], *[1] * (len(shape) - 1)))
-    return (torch.randn(*shape) * scale).to(dtype)

@@ -83,18 +83,18 @@ def test_no_second_thread_pool_beside_torchs():
     a = torch.randn(256, 256)
 
     def seconds(*calls) -> float:
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(100):
-                for call in calls:
-                    call()
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.perf_counter()
+        for _ in range(50):
+            for call in calls:
+                call()
+        return time.perf_counter() - start
 
     ours, theirs = (lambda: w4.dequantize(out=out)), (lambda: a @ a)
-    seconds(ours, theirs)
-    assert seconds(ours, theirs) < 2.5 * (seconds(ours) + seconds(theirs))
+    ratios = []
+    while len(ratios) < 20 and not (ratios and min(ratios) < 2):  # a loaded machine makes any single measurement worthless
+        seconds(ours, theirs)
+        ratios.append(seconds(ours, theirs) / (seconds(ours) + seconds(theirs)))
+    assert min(ratios) < 2, ratios
 
 
 @needs_native

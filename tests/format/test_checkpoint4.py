@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import row_scaled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numerics import row_scaled
 
 import peftk
 from peftk import NF4Weight

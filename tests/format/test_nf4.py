@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import row_scaled
+from numerics import row_scaled
 from safetensors.torch import load_file, save_file
 
 import peftk

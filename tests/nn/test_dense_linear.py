@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import row_scaled
+from numerics import row_scaled
 from torch import nn
 
 from peftk.nn import DenseConv1D, DenseLinear

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from conftest import row_scaled
+from numerics import row_scaled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import row_scaled
+from numerics import row_scaled
 
 from peftk.format.dynamic8 import thresholds8, values8, zero_code8
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize

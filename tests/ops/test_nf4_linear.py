@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import row_scaled
+from numerics import assert_no_worse_than_twice_plain, row_scaled
 
 import peftk
 from peftk.ops import nf4_linear
@@ -12,16 +12,6 @@ from peftk.ops import nf4_linear
 # A covering sample of m, k, n: whole vectors, ragged ones, odd k, blocks that straddle rows.
 SHAPES = [(1, 64, 16), (3, 80, 48), (16, 96, 130), (17, 33, 15), (65, 128, 49), (130, 576, 64), (1, 4304, 1), (0, 64, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def assert_no_worse_than_twice_plain(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    """Distance to the fp64 truth, in Frobenius norm and of the largest element, against that of a plain product."""
-    assert got.dtype == plain.dtype and got.shape == plain.shape and not got.isnan().any()
-    if truth.numel() == 0:
-        return
-    floor = torch.finfo(got.dtype).eps * truth.abs().max().item() / 8  # a plain product may be exact by luck on a few elements
-    for distance in (torch.linalg.norm, lambda d: d.abs().max()):
-        assert distance(got.double() - truth) <= 2 * distance(plain.double() - truth) + floor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

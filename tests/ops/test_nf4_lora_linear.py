@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import row_scaled
-from test_nf4_linear import assert_no_worse_than_twice_plain
+from numerics import assert_no_worse_than_twice_plain, row_scaled
 
 import peftk
 from peftk.ops import nf4_linear, nf4_lora_linear, philox_dropout

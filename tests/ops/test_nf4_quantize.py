@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import row_scaled
+from numerics import row_scaled
 
 import peftk
 from peftk.format.code4 import BLOCK_SIZES, CODES4
