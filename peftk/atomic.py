@@ -5,77 +5,106 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Replace ``path`` by ``content``; a reader sees the old bytes or the new ones."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace ``path`` by ``content``; a reader sees the old bytes or the new ones. A link stays one."""
+    path = Path(path).resolve()
+    temporary = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 
 
 @contextlib.contextmanager
-def write_folder(path: str | os.PathLike, marker: str) -> Iterator[Path]:
+def write_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the ``with`` ends without an error.
 
-    An existing folder is replaced whole, but only one that holds ``marker`` (a file that this kind of folder always has) or
-    nothing: FileExistsError otherwise, before anything is written.
+    An existing folder is replaced whole, in one step where the system can, so that a reader finds the old one or the new one at
+    any time. With an error nothing changes. NotADirectoryError where ``path`` is a file; OSError where the folder can't be
+    renamed (a mount point), which then says where the finished files lie.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists())):
-        raise FileExistsError(f"{path}: expected a new folder or one with {marker}, got something else; it is left alone")
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: expected a folder or nothing, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _beside(path)
+    temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
+            if not file.is_symlink():
+                _sync(file)
         _sync(temporary)
-        temporary.chmod(0o777 & ~_umask())
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    try:
         _take_place(temporary, path)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+    except OSError as error:
+        raise OSError(f"{path}: can't be replaced ({error}); the finished files lie in {temporary}") from error
     _sync(path.parent)
 
 
+def carry_over(old: str | os.PathLike, new: Path, without: Collection[str]) -> None:
+    """Link what ``old`` (if it exists) holds into ``new``, but for the names in ``without``; copies where links can't be made."""
+    old = Path(old)
+    for entry in old.iterdir() if old.is_dir() else ():
+        if entry.name in without:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def _take_place(temporary: Path, path: Path) -> None:
-    """Rename; with an existing folder exchange the two in one step, so that no moment has neither."""
+    """Rename; with an existing folder exchange the two, so that no moment has neither."""
     if not path.exists():
         os.rename(temporary, path)
-        return
-    if not _exchange(temporary, path):
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-        os.rename(path, old / path.name)
-        os.rename(temporary, path)
+    elif _exchange(temporary, path):
+        shutil.rmtree(temporary)
+    else:
+        old = _beside(path)
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
         shutil.rmtree(old)
 
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two paths atomically; False where the system can't."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:

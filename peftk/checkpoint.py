@@ -1,57 +1,49 @@
 """Adapters to disk and back, in HF peft's files: adapter_config.json and adapter_model.safetensors.
 
-Keys are HF peft's: ``base_model.model.<path>.lora_A.weight`` and so on, without the adapter's name.
+Keys are HF peft's: ``base_model.model.<path>.lora_A.weight`` and so on, without the adapter's name. Where an input embedding or
+an output head is adapted, its own weight is in the file too, since a model's vocabulary may have been resized for the adapter.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftk.atomic import write_folder
-from peftk.methods.adapter import AdapterLayer, ModuleToSave
-from peftk.methods.attach import attach, attached, delete_adapter, set_adapter, trained_biases, wrappers
+from peftk.atomic import carry_over, write_folder
+from peftk.methods.adapter import AdapterLayer
+from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
 from peftk.methods.lora import LoraConfig
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+logger = logging.getLogger("peftk")
+CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 CONFIGS = {config.peft_type: config for config in (LoraConfig,)}
-
-
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under HF peft's keys; they are the model's own, not copies."""
-    config = attached(model).configs[adapter_name]
-    tensors: dict[str, torch.Tensor] = {}
-    for path, layer in wrappers(model, AdapterLayer):
-        if adapter_name in layer.adapter_names():
-            tensors |= {f"{PREFIX}{path}.{key}": value for key, value in layer.adapter_tensors(adapter_name).items()}
-    for path, module in wrappers(model, ModuleToSave):
-        if adapter_name in module.adapter_names():
-            saved = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
-            tensors |= {f"{PREFIX}{path}.{key}": value for key, value in saved.items()}
-    biases = trained_biases(model, config, adapter_name)
-    return tensors | {f"{PREFIX}{key}": value for key, value in biases.items()}
+# Names that torch.compile and FSDP put into paths; files never have them.
+_TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Write one adapter to ``folder``, which appears whole; one that holds an adapter already is replaced. Returns the folder.
-
-    ValueError for an unknown adapter; FileExistsError where ``folder`` holds something else.
-    """
+    """Write one adapter to ``folder``, which appears whole: an adapter that it holds is replaced at once, config and tensors
+    together, and other files stay. Returns the folder. ValueError for an unknown adapter."""
     state = attached(model)
     if adapter_name not in state.configs:
-        raise ValueError(f"adapter_name: no adapter called {adapter_name}; attached are {', '.join(state.configs)}")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_tensors(model, adapter_name).items()}
-    with write_folder(folder, marker=CONFIG) as temporary:
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-        config = state.configs[adapter_name].to_dict()
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        raise ValueError(f"adapter_name: no adapter called {adapter_name!r}; attached are {', '.join(state.configs)}")
+    tensors = adapter_tensors(model, adapter_name) | _vocabulary_tensors(model, adapter_name)
+    tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    with write_folder(folder) as new:
+        carry_over(folder, new, without=(CONFIG, TENSORS, OLD_TENSORS))
+        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        (new / TENSORS).chmod(new.stat().st_mode & 0o666)
+        (new / CONFIG).write_text(json.dumps(state.configs[adapter_name].to_dict(), indent=2, sort_keys=True) + "\n")
     return Path(folder)
 
 
@@ -61,72 +53,112 @@ def load_adapter(
     """Attach the adapter in ``folder``, written by peftk or by HF peft, and make it the active one. Returns the model.
 
     Strict: missing and unexpected keys and other shapes are a ValueError that names the file and lists them; so is a config that
-    asks for what is not supported. The model is then as before.
+    asks for what is not supported. The model is then as before. FileNotFoundError names a file that isn't there.
     """
+    check_new_name(model, adapter_name)
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
-    tensors = _read_tensors(folder)
-    before = list(attached(model).active) if "_peftk_adapters" in model.__dict__ else []
-    attach(model, config, adapter_name)
+    path, tensors = _read_tensors(folder)
+    config.inference_mode = not is_trainable
+    state = find_attached(model)
+    before = None if state is None else list(state.active)
     try:
-        _fill(model, adapter_name, tensors, folder / TENSORS)
-    except ValueError:
+        attach(model, config, adapter_name)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    try:
+        _fill(model, adapter_name, tensors, path)
+    except BaseException:
         delete_adapter(model, adapter_name)
-        if before:
+        if before is not None:
             set_adapter(model, before)
         raise
-    attached(model).trainable[adapter_name] = is_trainable
-    set_adapter(model, adapter_name)
     return model
 
 
-def _read_config(path: Path) -> LoraConfig:
-    if not path.exists():
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors under the file's keys."""
+    state = attached(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for path, wrapper in wrappers(model):
+        if adapter_name in wrapper.adapter_names():
+            tensors |= {f"{path}.{key}": value for key, value in wrapper.adapter_tensors(adapter_name).items()}
+    if state.biases is not None and state.biases.owner == adapter_name:
+        tensors |= state.biases.tensors(model)
+    return {_file_key(key): value for key, value in tensors.items()}
+
+
+def _vocabulary_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The base weights of an adapted input embedding and output head, where they are dense."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    vocabulary = [getter() for getter in getters if callable(getter)]
+    found = {}
+    for path, layer in wrappers(model, AdapterLayer):
+        is_dense = layer.weight.dtype.is_floating_point
+        if is_dense and adapter_name in layer.adapter_names() and any(layer is module for module in vocabulary):
+            found[_file_key(f"{path}.base_layer.weight")] = layer.weight
+    return found
+
+
+def _file_key(key: str) -> str:
+    return PREFIX + _TRANSPARENT.sub("", key)
+
+
+def _read_config(path: Path) -> Any:
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a folder with an adapter holds {CONFIG} and {TENSORS}")
     try:
         fields = json.loads(path.read_text())
-        kind = fields.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
-    if kind not in CONFIGS:
-        raise ValueError(f"{path}: peft_type: expected one of {', '.join(CONFIGS)}, got {kind!r}")
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") not in CONFIGS:
+        got = fields.get("peft_type") if isinstance(fields, dict) else fields
+        raise ValueError(f"{path}: peft_type: expected one of {', '.join(CONFIGS)}, got {got!r}")
     try:
-        return CONFIGS[kind].from_dict(fields)
+        return CONFIGS[fields["peft_type"]].from_dict(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / TENSORS
-    if not path.exists():
-        others = ", ".join(sorted(p.name for p in folder.iterdir()))
-        raise FileNotFoundError(f"{path}: no such file; the folder holds {others}")
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path, old = folder / TENSORS, folder / OLD_TENSORS
+    if not path.is_file() and old.is_file():
+        return old, torch.load(old, map_location="cpu", weights_only=True)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the folder holds {', '.join(sorted(p.name for p in folder.iterdir()))}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return path, load_file(path)
+    except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy the file's tensors into the adapter; ValueError, before any is copied, unless keys and shapes are just the same."""
+    tensors = {_file_key(key.removeprefix(PREFIX)): value for key, value in tensors.items() if not _is_leftover(key)}
     ours = adapter_tensors(model, adapter_name)
-    ours |= {key: value for key, value in _embedding_weights(model, adapter_name).items() if key in tensors}
-    missing, unexpected = sorted(set(ours) - set(tensors)), sorted(set(tensors) - set(ours))
+    vocabulary = {key: value for key, value in _vocabulary_tensors(model, adapter_name).items() if key in tensors}
+    ours |= vocabulary
     shapes = [
         f"{key}: expected {tuple(ours[key].shape)}, got {tuple(tensors[key].shape)}"
         for key in sorted(set(ours) & set(tensors))
         if ours[key].shape != tensors[key].shape
     ]
-    if missing or unexpected or shapes:
-        raise ValueError(f"{path}: missing keys {missing}; unexpected keys {unexpected}; other shapes {shapes}")
-    for key, tensor in tensors.items():
-        ours[key].copy_(tensor)
+    problems = {
+        "missing keys": sorted(set(ours) - set(tensors)),
+        "unexpected keys": sorted(set(tensors) - set(ours)),
+        "other shapes": shapes,
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
+        raise ValueError(f"{path}: expected the adapter's tensors, got {told}")
+    for key, value in vocabulary.items():
+        if not torch.equal(value, tensors[key].to(value.device, value.dtype)):
+            logger.warning("%s: %s differs from the model's; the model takes the file's, for all its adapters", path, key)
+    for key, value in tensors.items():
+        ours[key].copy_(value)
 
 
-def _embedding_weights(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The base weight of an adapted embedding, which HF peft may put into the file as well."""
-    found = {}
-    for path, layer in wrappers(model, AdapterLayer):
-        if adapter_name in layer.adapter_names() and isinstance(layer.base_layer, nn.Embedding):
-            found[f"{PREFIX}{path}.base_layer.weight"] = layer.base_layer.weight
-    return found
+def _is_leftover(key: str) -> bool:
+    """HF peft with bias="all" writes the biases of a module that is saved whole three times; the plain key counts."""
+    return ".original_module." in key or ".modules_to_save." in key

@@ -1,6 +1,7 @@
 """Adapters on a model: attach, detach, switch, disable, merge; the same functions for every method.
 
-What a method must bring is one file with a config: ``config.inject(model, name)`` puts modules derived from ``Wrapper`` in place.
+What a method must bring is one file with a config: ``config.inject(model, name)`` puts modules derived from ``Wrapper`` in place,
+all or none, and returns the config to keep.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from peftk.methods.adapter import AdapterLayer, Wrapper, check_adapter_name
-from peftk.methods.lora import replace
+from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, check_adapter_name, swap_modules
+from peftk.methods.biases import TrainedBiases
 
 logger = logging.getLogger("peftk")
 _STATE = "_peftk_adapters"
@@ -25,167 +27,247 @@ _STATE = "_peftk_adapters"
 class Attached:
     """What a model with adapters remembers beside its modules."""
 
+    required_grad: set[str]  # names of the parameters that did before the first adapter
     configs: dict[str, Any] = field(default_factory=dict)  # by adapter name
     trainable: dict[str, bool] = field(default_factory=dict)  # False: loaded for inference
-    required_grad: list[str] = field(default_factory=list)  # names of the parameters that did before the first adapter
     active: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    kept_original: bool = True  # of the merged ones: whether unmerge is possible
+    disabled: int = 0  # depth of disable_adapters()
+    biases: TrainedBiases | None = None
 
 
 def attached(model: nn.Module) -> Attached:
     """The model's adapters. ValueError where it has none."""
-    state = model.__dict__.get(_STATE)
+    state = find_attached(model)
     if state is None:
         raise ValueError(f"model: expected one with adapters (peftk.attach), got a {type(model).__name__} without")
     return state
 
 
+def find_attached(model: nn.Module) -> Attached | None:
+    """The model's adapters, None where it has none."""
+    return model.__dict__.get(_STATE)
+
+
 def wrappers(model: nn.Module, kind: type = Wrapper) -> Iterator[tuple[str, Any]]:
-    """(path, module) of each place where an adapter stands."""
+    """(path, module) of each module with adapters; one that stands at several places goes by its first path."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, kind))
 
 
 def attach(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
-    """Put adapters on ``model``, in place; the rest is frozen, the new adapter is the active one. Returns the model.
+    """Put adapters on ``model``, in place; the rest is frozen, and the new adapter is the active one. Returns the model.
 
     ValueError: the name is taken, or the config selects nothing or what can't be adapted; the model is then as before.
     """
-    check_adapter_name(adapter_name)
-    state = model.__dict__.get(_STATE)
-    if state is not None and adapter_name in state.configs:
-        raise ValueError(f"adapter_name: {adapter_name!r} is attached already; attached are {', '.join(state.configs)}")
+    check_new_name(model, adapter_name)
+    state = find_attached(model)
     if state is None:
-        state = Attached(required_grad=[name for name, p in model.named_parameters() if p.requires_grad])
-    config.inject(model, adapter_name)
+        state = Attached({name for name, p in model.named_parameters() if p.requires_grad})
+    bias = getattr(config, "bias", "none")
+    if bias != "none" and state.biases is not None:
+        raise ValueError(f'bias: expected "none", got {bias!r}: the biases are trained with {state.biases.owner!r} already')
+    resolved = config.inject(model, adapter_name)
     model.__dict__[_STATE] = state
-    state.configs[adapter_name], state.trainable[adapter_name] = config, True
+    state.configs[adapter_name], state.trainable[adapter_name] = resolved, not config.inference_mode
+    if bias != "none":
+        targets = {path for path, layer in wrappers(model, AdapterLayer) if adapter_name in layer.adapter_names()}
+        state.biases = TrainedBiases(model, adapter_name, None if bias == "all" else targets)
+    _warn_of_tied_copies(model, adapter_name)
     set_adapter(model, adapter_name)
     return model
 
 
+def check_new_name(model: nn.Module, adapter_name: str) -> None:
+    """ValueError unless an adapter may be attached to ``model`` under this name."""
+    check_adapter_name(adapter_name)
+    state = find_attached(model)
+    if state is not None and adapter_name in state.configs:
+        raise ValueError(f"adapter_name: {adapter_name!r} is attached already; attached are {', '.join(state.configs)}")
+
+
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Use these adapters from now on, added up where there are several; only they are trained. ValueError for unknown names."""
-    state, names = attached(model), [names] if isinstance(names, str) else list(names)
-    if unknown := [name for name in names if name not in state.configs]:
-        raise ValueError(f"names: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
-    state.active = names
+    """Use these adapters from now on, added up where there are several; only they are trained, and of these not the ones loaded
+    with ``is_trainable=False``. ValueError for unknown names."""
+    state = attached(model)
+    state.active = _known(state, names, "names")
     model.requires_grad_(False)
     for _, wrapper in wrappers(model):
-        wrapper.set_active(names)
-        for name in wrapper.active:
-            for parameter in wrapper.adapter_parameters(name):
-                parameter.requires_grad_(state.trainable[name])
-    for name in names:
-        if state.trainable[name]:
-            for parameter in trained_biases(model, state.configs[name], name).values():
-                parameter.requires_grad_(True)
-
-
-def trained_biases(model: nn.Module, config: Any, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The base's own biases that ``config.bias`` trains, by HF peft's names without prefix."""
-    found: dict[str, nn.Parameter] = {}
-    if getattr(config, "bias", "none") == "none":
-        return found
-    targets = {path for path, layer in wrappers(model, AdapterLayer) if adapter_name in layer.adapter_names()}
-    for path, module in model.named_modules():
-        bias = module._parameters.get("bias")
-        owner = path.removesuffix(".base_layer")
-        if bias is not None and (config.bias == "all" or owner in targets):
-            found[f"{path}.bias"] = bias
-    return found
+        for name in state.active:
+            if name in wrapper.adapter_names():
+                for parameter in wrapper.adapter_parameters(name):
+                    parameter.requires_grad_(state.trainable[name])
+    if state.biases is not None and state.biases.owner in state.active:
+        for parameter in state.biases.parameters(model).values():
+            parameter.requires_grad_(state.trainable[state.biases.owner])
+    _refresh(model, state)
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` the model computes without adapters (merged ones stay in the weights)."""
-    attached(model)
-    places = [module for _, module in wrappers(model)]
-    for module in places:
-        module.disabled += 1
+    """Inside the ``with`` the model computes as without adapters; contexts nest. Merged adapters are unmerged for its length:
+    RuntimeError where the original weights weren't kept."""
+    state = attached(model)
+    merged = list(state.merged) if state.disabled == 0 else []
+    if merged:
+        unmerge(model)
+    state.disabled += 1
+    _refresh(model, state)
     try:
         yield
     finally:
-        for module in places:
-            module.disabled -= 1
+        state.disabled -= 1
+        if find_attached(model) is state:
+            _refresh(model, state)
+            if merged:
+                merge(model, merged, safe=False)
+
+
+def _refresh(model: nn.Module, state: Attached) -> None:
+    """Tell modules and biases what is in use now."""
+    for _, wrapper in wrappers(model):
+        wrapper.set_active(state.active)
+        wrapper.disabled = state.disabled > 0
+    if state.biases is not None:
+        is_used = state.biases.owner in [*state.active, *state.merged]
+        state.biases.use(model, is_used and not state.disabled)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Drop one adapter; where it was the last one in a place, the original module returns."""
+    """Drop one adapter; where it was the last one in a place, the original module returns. ValueError for an unknown name,
+    RuntimeError for one that is merged."""
     state = attached(model)
-    if name not in state.configs:
-        raise ValueError(f"name: no adapter called {name}; attached are {', '.join(state.configs)}")
-    for path, wrapper in list(wrappers(model)):
-        if isinstance(wrapper, AdapterLayer) and name in wrapper.merged:
-            raise RuntimeError(f"delete_adapter: {name!r} is merged into {path}; unmerge first")
+    _known(state, name, "name")
+    if name in state.merged:
+        raise RuntimeError(f"name: expected an adapter that isn't merged, got {name!r}; unmerge first")
+    if len(state.configs) == 1:
+        detach(model)
+        return
+    if state.biases is not None and state.biases.owner == name:
+        state.biases.use(model, False)
+        state.biases = None
+    for _, wrapper in wrappers(model):
         if name in wrapper.adapter_names():
             wrapper.delete_adapter(name)
-        if not wrapper.adapter_names():
-            replace(model, path, wrapper.original())
+    swap_modules(model, {w: w.original() for _, w in wrappers(model) if not w.adapter_names()})
     del state.configs[name], state.trainable[name]
-    if state.configs:
-        set_adapter(model, [n for n in state.active if n != name])
-    else:
-        _forget(model, state)
+    set_adapter(model, [n for n in state.active if n != name])
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove all adapters: the original modules return, with their requires_grad flags. What was merged stays in the weights."""
+    """Remove all adapters: the original modules return, with their requires_grad flags, biases included. What is merged stays in
+    the weights: ``unmerge`` before gives the original model, ``merge`` before a plain model with the adapter in it. Returns the
+    model. ValueError where it has no adapters."""
     state = attached(model)
-    for path, wrapper in list(wrappers(model)):
-        replace(model, path, wrapper.original())
-    _forget(model, state)
-    return model
-
-
-def _forget(model: nn.Module, state: Attached) -> None:
-    required = set(state.required_grad)
+    if state.biases is not None:
+        state.biases.use(model, state.biases.owner in state.merged)
+    swap_modules(model, {wrapper: wrapper.original() for _, wrapper in wrappers(model)})
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in required)
+        parameter.requires_grad_(name in state.required_grad)
     del model.__dict__[_STATE]
+    return model
 
 
 def merge(
     model: nn.Module, adapter_names: str | Sequence[str] | None = None, safe: bool = True, keep_original: bool = True
 ) -> nn.Module:
     """Add adapters (the active ones if None) to the weights: all of them in fp32, then one rounding or quantisation a layer.
+    Returns the model, which then runs at the base's cost.
 
     ``safe``: every layer is checked for NaN and Inf before any is changed; ValueError names the layer. ``keep_original``: the
-    original bytes are kept, so that ``unmerge`` is exact. Warns where a merged weight is shared with another module.
+    original bytes are kept, so that ``unmerge`` is exact. A weight that is tied to another module's is untied, with a warning.
     """
     state = attached(model)
-    names = state.active if adapter_names is None else [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    if unknown := [name for name in names if name not in state.configs]:
-        raise ValueError(f"adapter_names: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
-    work = []
-    for path, layer in wrappers(model, AdapterLayer):
-        here = [name for name in names if name in layer.adapter_names() and name not in layer.merged]
-        if here:
-            work.append((path, layer, here))
+    before = list(state.merged)
+    names = _known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
+    new = [name for name in names if name not in before]
+    if not new:
+        return model
+    if before and state.kept_original:
+        unmerge(model)
+        try:
+            return merge(model, [*before, *new], safe, keep_original)
+        except ValueError:
+            merge(model, before, safe=False)
+            raise
+    work = [(path, w, [n for n in new if n in w.adapter_names()]) for path, w in wrappers(model)]
+    work = [(path, wrapper, here) for path, wrapper, here in work if here]
     if safe:
         for path, layer, here in work:
-            if not layer.merged_weight(here).isfinite().all():
-                raise ValueError(
-                    f"{path}: expected finite merged weights, got NaN or Inf from {', '.join(here)}; nothing was merged"
-                )
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for path, layer, here in work:
-        if owners[id(layer.weight)] > 1:
-            logger.warning("%s: the merged weight is shared with another module, whose output changes as well", path)
-        layer.merge(here, keep_original)
+            if isinstance(layer, AdapterLayer):
+                _check_finite(path, layer, here)
+    owners = _weight_owners(model)
+    state.kept_original = keep_original and not before
+    for path, wrapper, here in work:
+        if isinstance(wrapper, AdapterLayer):
+            is_tied = len(owners[id(wrapper.weight)]) > 1
+            if is_tied:
+                _warn_of_untying(path, owners[id(wrapper.weight)])
+            wrapper.merge(here, keep_original, is_tied)
+        else:
+            wrapper.merged = [*wrapper.merged, *here]
+    state.merged = [*before, *new]
+    _refresh(model, state)
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put the original bytes back, exactly. RuntimeError where they weren't kept; nothing is changed then."""
-    attached(model)
-    layers = [(path, layer) for path, layer in wrappers(model, AdapterLayer) if layer.merged]
-    for path, layer in layers:
-        if layer._snapshot is None:
-            raise RuntimeError(f"{path}: merged with keep_original=False, the original weights were not kept")
-    for _, layer in layers:
-        layer.unmerge()
+    """Put the original bytes back, exactly, and use the adapters beside them again. Returns the model. RuntimeError where the
+    bytes weren't kept; nothing is changed then."""
+    state = attached(model)
+    if state.merged and not state.kept_original:
+        raise RuntimeError("model: expected one merged with keep_original=True, got one whose original weights were not kept")
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, AdapterLayer) and wrapper.merged:
+            wrapper.unmerge()
+        wrapper.merged = []
+    state.merged, state.kept_original = [], True
+    _refresh(model, state)
     return model
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _known(state: Attached, names: str | Iterable[str], argument: str) -> list[str]:
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if unknown := [repr(name) for name in names if name not in state.configs]:
+        raise ValueError(f"{argument}: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
+    return names
+
+
+def _check_finite(path: str, layer: AdapterLayer, names: list[str]) -> None:
+    """As the weight will be stored: a sum may leave fp16's range."""
+    w = layer.merged_weight(names)
+    stored = layer.weight.dtype if layer.weight.dtype.is_floating_point else w.dtype
+    if not torch.isfinite(w.to(stored)).all():
+        raise ValueError(f"{path}: expected finite merged weights, got NaN or Inf with {', '.join(names)}; nothing was merged")
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """By id of a parameter the paths of the modules that have it."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
+    return owners
+
+
+def _warn_of_untying(path: str, owners: list[str]) -> None:
+    others = ", ".join(owner for owner in owners if owner.removesuffix(".base_layer") != path)
+    logger.warning(
+        "%s: its weight is tied to that of %s; the merged weight is its own now. To save the model, switch its config's "
+        "tie_word_embeddings off",
+        path,
+        others,
+    )
+
+
+def _warn_of_tied_copies(model: nn.Module, adapter_name: str) -> None:
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for path, wrapper in wrappers(model, ModuleToSave):
+        if adapter_name in wrapper.adapter_names() and any(owners[id(p)] > 1 for p in wrapper.original_module.parameters()):
+            logger.warning("%s: its weight is tied to another module's; the copy that is trained is not", path)

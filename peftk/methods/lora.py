@@ -5,8 +5,11 @@ scale = alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). A is Kaiming
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +17,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
-from peftk.methods.targets import names_match, pattern_value, select
-from peftk.nn import base_layer, is_adaptable
+from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, swap_modules
+from peftk.methods.targets import ALL_LINEAR, pattern_value, select, select_whole, short_names, visible_modules
+from peftk.nn import DenseConv1D, NF4Linear, base_layer, is_adaptable
 from peftk.nn.dense_linear import add_low_rank
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
 _INFORMATIVE = {
-    "peft_type", "peft_version", "auto_mapping", "revision", "runtime_config", "qalora_group_size", "loftq_config",
-    "megatron_core", "corda_config", "eva_config",
+    "peft_type", "peft_version", "auto_mapping", "revision", "runtime_config", "megatron_core", "qalora_group_size",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 
 
@@ -34,9 +37,9 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the branch's input, in training
     target_modules: list[str] | str | None = None  # names, a regular expression, "all-linear"; None: q and v by architecture
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None  # taken out of target_modules
+    layers_to_transform: list[int] | int | None = None  # of numbered layers these only
+    layers_pattern: list[str] | str | None = None  # what the list of layers is called; None: anything
     fan_in_fan_out: bool = False  # recorded for HF peft; a Conv1D is recognised by itself
     bias: str = "none"  # "none" | "all" | "lora_only": which biases of the base are trained
     modules_to_save: list[str] | None = None  # trained whole, beside the adapters
@@ -44,26 +47,42 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regular expression for the end of a path -> rank
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    task_type: str | None = None
+    task_type: str | None = None  # SEQ_CLS, TOKEN_CLS and QUESTION_ANS train the model's head whole
     base_model_name_or_path: str | None = None
-    inference_mode: bool = False
+    inference_mode: bool = False  # the adapter is not trained
 
     peft_type = "LORA"
 
     def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(value := getattr(self, name), set | tuple):
+                setattr(self, name, sorted(value))
         checks = {
-            "r": (isinstance(self.r, int) and self.r > 0, "a positive integer"),
-            "lora_dropout": (0.0 <= self.lora_dropout < 1.0, "a probability in [0, 1)"),
+            "r": (_is_rank(self.r), "a positive integer"),
+            "lora_alpha": (_is_number(self.lora_alpha), "a finite number"),
+            "lora_dropout": (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
+            "target_modules": (_are_names(self.target_modules), "names or a regular expression"),
+            "exclude_modules": (_are_names(self.exclude_modules), "names or a regular expression"),
+            "modules_to_save": (
+                _are_names(self.modules_to_save) and not isinstance(self.modules_to_save, str),
+                "a list of names",
+            ),
             "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
             "init_lora_weights": (self.init_lora_weights in (True, False, "gaussian"), 'True, False or "gaussian"'),
-            "rank_pattern": (all(isinstance(v, int) and v > 0 for v in self.rank_pattern.values()), "positive ranks"),
+            "rank_pattern": (_is_pattern(self.rank_pattern, _is_rank), "regular expressions with positive ranks"),
+            "alpha_pattern": (_is_pattern(self.alpha_pattern, _is_number), "regular expressions with finite numbers"),
+            "layers_to_transform": (
+                self.layers_to_transform is None or not isinstance(self.target_modules, str),
+                "None where target_modules is one string (give a list of names)",
+            ),
+            "layers_pattern": (
+                not self.layers_pattern or self.layers_to_transform is not None,
+                "None where layers_to_transform is None",
+            ),
         }
         for name, (fits, expected) in checks.items():
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            if isinstance(value := getattr(self, name), set | tuple):
-                setattr(self, name, sorted(value))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LoraConfig:
@@ -71,33 +90,99 @@ class LoraConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         asked = {k: v for k, v in fields.items() if k not in known | _INFORMATIVE and v not in (None, False, [], {}, "")}
         if asked:
-            raise ValueError(f"adapter_config.json asks for {', '.join(f'{k}={v!r}' for k, v in asked.items())}: not supported")
-        given = {k: v for k, v in fields.items() if k in known}
-        return cls(**{k: v for k, v in given.items() if v is not None or k not in ("rank_pattern", "alpha_pattern")})
+            raise ValueError(
+                f"expected a LoRA without {', '.join(f'{k}={v!r}' for k, v in asked.items())}: peftk doesn't do that"
+            )
+        empty = {k for k in ("rank_pattern", "alpha_pattern", "layers_pattern") if not fields.get(k)}
+        return cls(**{k: v for k, v in fields.items() if k in known - empty})
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
         return {**dataclasses.asdict(self), "peft_type": self.peft_type, "inference_mode": True}
 
-    def inject(self, model: nn.Module, name: str) -> None:
-        """Put adapters called ``name`` on the modules that this config selects."""
-        for path in select(model, self, is_supported, lambda module: isinstance(module, Wrapper)):
-            layer = model.get_submodule(path)
-            if not isinstance(layer, AdapterLayer):
-                layer = replace(model, path, wrap(layer))
+    def inject(self, model: nn.Module, name: str) -> LoraConfig:
+        """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
+        that names what was selected."""
+        modules = visible_modules(model, _is_wrapper)
+        paths = select(model, self, _is_supported, _is_wrapper)
+        whole = select_whole(modules, self)
+        for path in whole:
+            _check_can_be_saved_whole(path, modules[path])
+        _put_in_place(model, {modules[p]: AdapterLayer for p in paths} | {modules[p]: ModuleToSave for p in whole})
+        for path in paths:
             rank = pattern_value(self.rank_pattern, path, self.r)
             alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
-            layer.add_adapter(name, rank, alpha / (math.sqrt(rank) if self.use_rslora else rank), self)
-        for path in [p for p, _ in model.named_modules() if p and self.modules_to_save and names_match(p, self.modules_to_save)]:
-            module = model.get_submodule(path)
-            if not isinstance(module, ModuleToSave):
-                module = replace(model, path, ModuleToSave(module))
-            module.add_adapter(name)
+            scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            model.get_submodule(path).add_adapter(name, rank, scaling, self)
+        for path in whole:
+            model.get_submodule(path).add_adapter(name)
+        return self._resolved(model, modules, paths, whole)
+
+    def _resolved(self, model: nn.Module, modules: dict[str, nn.Module], paths: list[str], whole: list[str]) -> LoraConfig:
+        """Another program may read "all-linear" or None in another way: the copy says names."""
+        config = copy.deepcopy(self)
+        if self.target_modules is None or self.target_modules == ALL_LINEAR:
+            config.target_modules = short_names(modules, paths, self)
+        if whole:
+            config.modules_to_save = sorted({*(self.modules_to_save or ()), *(path.rpartition(".")[2] for path in whole)})
+        config.fan_in_fan_out = all(isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths)
+        return config
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether LoRA can stand on this module."""
-    return is_adaptable(module) or type(module) is nn.Embedding or isinstance(module, LoraLinear | LoraEmbedding)
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _are_names(value: Any) -> bool:
+    if value is None or isinstance(value, str):
+        return value is None or _is_expression(value)
+    return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_expression(key) and is_right(v) for key, v in value.items())
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, Wrapper)
+
+
+def _is_supported(module: nn.Module) -> bool:
+    """A linear layer, an embedding, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their own way."""
+    is_scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+    return isinstance(module, LoraLinear | LoraEmbedding) or is_adaptable(module) or type(module) is nn.Embedding or is_scaled
+
+
+def _check_can_be_saved_whole(path: str, module: nn.Module) -> None:
+    for below, part in () if isinstance(module, ModuleToSave) else module.named_modules():
+        where = f"{path}.{below}".rstrip(".")
+        if isinstance(part, Wrapper):
+            raise ValueError(f"modules_to_save: {path} can't be trained whole, another adapter stands on {where}")
+        if isinstance(part, NF4Linear):
+            raise ValueError(
+                f"modules_to_save: expected dense weights, {where} is in 4 bits; quantize_model(skip=...) leaves it out"
+            )
+
+
+def _put_in_place(model: nn.Module, wanted: dict[nn.Module, type[Wrapper]]) -> None:
+    """Wrap what is no wrapper yet."""
+    new: dict[nn.Module, nn.Module] = {}
+    for module, kind in wanted.items():
+        if not isinstance(module, Wrapper):
+            new[module] = ModuleToSave(module) if kind is ModuleToSave else wrap(module)
+    swap_modules(model, new)
 
 
 def wrap(module: nn.Module) -> AdapterLayer:
@@ -105,38 +190,36 @@ def wrap(module: nn.Module) -> AdapterLayer:
     return LoraEmbedding(module) if isinstance(module, nn.Embedding) else LoraLinear(module)
 
 
-def replace(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """Put ``new`` where ``path`` points; returns it."""
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-    return new
+def _keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
+    """nn.TransformerEncoderLayer's fast path reads the weights itself, without adapters; it keeps off where a hook is found."""
 
 
 class LoraLinear(AdapterLayer):
-    """A linear base layer, dense or in 4 bits, with low-rank branches."""
+    """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype."""
 
     def __init__(self, module: nn.Module):
         super().__init__(base_layer(module), module)
+        if self.base_layer is not module:
+            self.base_layer.register_forward_pre_hook(_keep_off_fast_path)
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # (r, k) and (n, r), fp32
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # (r, k) and (n, r)
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.train(module.training)
 
     def adapter_names(self) -> list[str]:
         return list(self.lora_A)
 
     def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
         """Fresh factors: A Kaiming-uniform (a = sqrt 5) or Gaussian, B zero."""
-        device = self.base_layer.weight.device
-        self.lora_A[name] = nn.Parameter(torch.zeros(r, self.in_features, device=device))
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
+        A, B = torch.zeros(r, self.in_features, **facts), torch.zeros(self.out_features, r, **facts)
         if config.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A[name], std=1 / r)
+            nn.init.normal_(A, std=1 / r)
         else:
-            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B[name], a=math.sqrt(5))
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.scaling[name], self.dropout[name] = scaling, config.lora_dropout
 
     def delete_adapter(self, name: str) -> None:
@@ -146,14 +229,13 @@ class LoraLinear(AdapterLayer):
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [self.lora_A[name], self.lora_B[name]]
 
-    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """HF peft's keys below the module's path."""
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         names = self.running()
         if not names:
-            return self.base_layer(x)
+            return self.base_layer.forward(x)
         first, *others = ((self.lora_A[n], self.lora_B[n], self.scaling[n], self._dropout(n)) for n in names)
         y = self.base_layer.forward_low_rank(x, *first[:3], dropout=first[3])
         for A, B, scale, dropout in others:
@@ -165,15 +247,22 @@ class LoraLinear(AdapterLayer):
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:
-        return self.scaling[name] * (self.lora_B[name].float() @ self.lora_A[name].float())
+        return (self.lora_B[name] @ self.lora_A[name]).mul_(self.scaling[name])
 
 
 class LoraEmbedding(AdapterLayer):
-    """An embedding with low-rank branches: rows of A^T, then B. A (r, tokens) is zero at first and B (d, r) Gaussian."""
+    """An embedding with low-rank branches: rows of A^T, then B. A (r, tokens) is zero at first and B (d, r) Gaussian.
+
+    ids (...) -> (..., d). Dropout does not apply to token ids.
+    """
 
     def __init__(self, module: nn.Embedding):
         super().__init__(module, module)
-        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
+        self.num_embeddings, self.embedding_dim, self.padding_idx = (
+            module.num_embeddings,
+            module.embedding_dim,
+            module.padding_idx,
+        )
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
         self.scaling: dict[str, float] = {}
 
@@ -181,12 +270,11 @@ class LoraEmbedding(AdapterLayer):
         return list(self.lora_embedding_A)
 
     def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
-        """Fresh factors; dropout does not apply to token ids."""
-        device = self.base_layer.weight.device
-        self.lora_embedding_A[name] = nn.Parameter(torch.zeros(r, self.num_embeddings, device=device))
-        self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.embedding_dim, r, device=device))
-        if config.init_lora_weights is False:
-            nn.init.normal_(self.lora_embedding_A[name])
+        """Fresh factors: A zero, or Gaussian where ``init_lora_weights`` is False; B Gaussian."""
+        facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
+        make = torch.randn if config.init_lora_weights is False else torch.zeros
+        self.lora_embedding_A[name] = nn.Parameter(make(r, self.num_embeddings, **facts))
+        self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.embedding_dim, r, **facts))
         self.scaling[name] = scaling
 
     def delete_adapter(self, name: str) -> None:
@@ -196,31 +284,31 @@ class LoraEmbedding(AdapterLayer):
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [self.lora_embedding_A[name], self.lora_embedding_B[name]]
 
-    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """HF peft's keys below the module's path."""
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         return {"lora_embedding_A": self.lora_embedding_A[name], "lora_embedding_B": self.lora_embedding_B[name]}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
+        y = self.base_layer.forward(ids)
+        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
         for name in self.running():
-            rows = functional.embedding(ids, self.lora_embedding_A[name].T)
-            y = y + (self.scaling[name] * (rows @ self.lora_embedding_B[name].T)).to(y.dtype)
+            rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
+            y = y + (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(y.dtype)
         return y
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:
-        """(tokens, d) fp32."""
-        return self.scaling[name] * (self.lora_embedding_B[name].float() @ self.lora_embedding_A[name].float()).T
+        """(tokens, d)"""
+        return (self.lora_embedding_A[name].T @ self.lora_embedding_B[name].T).mul_(self.scaling[name])
 
-    def dense_weight(self) -> torch.Tensor:
-        return self.base_layer.weight.detach()
+    def read_weight(self) -> torch.Tensor:
+        return self.weight.detach()
 
     @torch.no_grad()
-    def set_dense_weight(self, w: torch.Tensor) -> None:
-        self.base_layer.weight.copy_(w)
+    def write_weight(self, w: torch.Tensor) -> None:
+        self.weight.copy_(w)
 
-    def weight_snapshot(self) -> torch.Tensor:
-        return self.base_layer.weight.detach().clone()
+    def take_snapshot(self) -> torch.Tensor:
+        return self.weight.detach().clone()
 
-    def restore_weight(self, snapshot: torch.Tensor) -> None:
-        self.set_dense_weight(snapshot)
+    def restore_snapshot(self, snapshot: torch.Tensor) -> None:
+        self.write_weight(snapshot)

@@ -6,14 +6,17 @@ Norms, embeddings and head keep their dtype. The paper's settings (section 4, ap
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from peftk.methods.attach import attach
 from peftk.methods.lora import LoraConfig
+from peftk.methods.targets import TASK_HEADS, output_heads
 from peftk.nn import quantize_model
 
 
-def qlora_config(**changes) -> LoraConfig:
+def qlora_config(**changes: Any) -> LoraConfig:
     """The paper's adapter: LoRA on all linear layers, r = 64, alpha = 16, dropout 0.1; keywords change fields."""
     return LoraConfig(**{"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear", **changes})
 
@@ -28,21 +31,32 @@ def qlora(
     adapter_name: str = "default",
     progress: bool = True,
 ) -> nn.Module:
-    """Quantise the model in place and attach LoRA to it. Returns the model.
+    """Quantise the model in place, a layer at a time, and attach LoRA to it (``qlora_config()`` if None). Returns the model.
 
-    ``gradient_checkpointing`` needs a transformers model (or one with the same two methods); without them it is a TypeError.
+    The output head, the config's ``modules_to_save`` and the heads of classification models stay dense.
+    ``gradient_checkpointing`` needs a transformers model (or one with the same two methods); TypeError, before anything is
+    changed, without them.
     """
-    quantize_model(model, block_size=block_size, double_quant=double_quant, progress=progress)
+    config = qlora_config() if config is None else config
     if gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    return attach(model, config or qlora_config(), adapter_name)
+        _check_checkpointing(model)
+    quantize_model(model, _kept_dense(model, config), block_size, double_quant, progress)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return attach(model, config, adapter_name)
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass. Inputs of the first layer get a gradient, so that a checkpointed segment
-    whose weights are all frozen still sends one back."""
+def _kept_dense(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
+    heads = {id(head) for head in output_heads(model)}
+    paths = [path for path, module in model.named_modules() if id(module) in heads]
+    return (*paths, *(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type, ()))
+
+
+def _check_checkpointing(model: nn.Module) -> None:
+    """Inputs of the first layer must get a gradient, so that a checkpointed segment with a frozen base sends one back."""
     for method in ("gradient_checkpointing_enable", "enable_input_require_grads"):
         if not callable(getattr(model, method, None)):
-            raise TypeError(f"model: gradient checkpointing expects a model with {method}(), got {type(model).__name__}")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
+            raise TypeError(
+                f"gradient_checkpointing: expected False for a {type(model).__name__}, which has no {method}(), got True"
+            )

@@ -11,22 +11,27 @@ from torch import nn
 # Query and value projections, as LoRA's paper has them (Hu et al. 2021, section 7.1), under each architecture's own names.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        "llama mistral mixtral qwen2 qwen3 qwen2_moe gemma gemma2 gemma3 gemma3_text cohere olmo olmo2 phi stablelm starcoder2 "
-        "smollm3 granite opt bart mbart marian pegasus blenderbot whisper m2m_100".split(),
+        "llama llama4 mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3 gemma3_text cohere cohere2 olmo olmo2 "
+        "phi stablelm starcoder2 smollm3 granite opt gptj gpt_neo bart mbart marian pegasus blenderbot whisper m2m_100".split(),
         ("q_proj", "v_proj"),
     ),
-    **dict.fromkeys("bert roberta xlm-roberta electra deberta camembert albert data2vec-text".split(), ("query", "value")),
+    **dict.fromkeys(
+        "bert roberta xlm-roberta electra deberta layoutlm camembert albert data2vec-text vit".split(), ("query", "value")
+    ),
     **dict.fromkeys("t5 mt5 umt5 longt5".split(), ("q", "v")),
-    **dict.fromkeys("bloom gpt_neox falcon".split(), ("query_key_value",)),
-    "gpt2": ("c_attn",),
-    "gpt_bigcode": ("c_attn",),
-    "gptj": ("q_proj", "v_proj"),
-    "gpt_neo": ("q_proj", "v_proj"),
+    **dict.fromkeys("bloom gpt_neox falcon chatglm".split(), ("query_key_value",)),
+    **dict.fromkeys("gpt2 gpt_bigcode".split(), ("c_attn",)),
+    "deberta": ("in_proj",),
     "deberta-v2": ("query_proj", "value_proj"),
     "distilbert": ("q_lin", "v_lin"),
+    "codegen": ("qkv_proj",),
     "phi3": ("qkv_proj",),
     "mpt": ("Wqkv",),
 }
+
+# Heads that are made anew for a task. They are trained whole, as HF peft does, and "all-linear" leaves them out.
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+ALL_LINEAR = "all-linear"
 
 
 def names_match(path: str, wanted: str | Iterable[str]) -> bool:
@@ -55,63 +60,99 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     return DEFAULT_TARGETS[model_type]
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits of hidden states, where the model says which it is."""
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The modules that make logits of hidden states: what the model says, and what is called lm_head."""
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    heads = [module for path, module in model.named_modules() if path.rpartition(".")[2] == "lm_head"]
+    return [head for head in (getter() if callable(getter) else None, *heads) if head is not None]
 
 
 def select(
     model: nn.Module, config: Any, is_supported: Callable[[nn.Module], bool], is_ours: Callable[[nn.Module], bool]
 ) -> list[str]:
-    """Paths of the modules that ``config.target_modules`` (and exclude_modules, layers_to_transform, layers_pattern,
-    modules_to_save) selects. ``is_supported``: what the method can adapt; ``is_ours``: a wrapper, whose inside is left alone.
-    ValueError where nothing matches or a match can't be adapted, naming it."""
+    """Paths of the modules that ``config.target_modules`` (with exclude_modules, layers_to_transform, layers_pattern and
+    modules_to_save) selects; a module at several places goes by its first.
+
+    ``is_supported``: what the method can adapt; ``is_ours``: a wrapper, whose inside is left alone. ValueError where nothing
+    matches, listing what there is, or where a match can't be adapted, naming it and its class.
+    """
     wanted = config.target_modules if config.target_modules is not None else default_targets(model)
-    head, inside, found, unsupported = output_head(model), [], [], []
-    for path, module in model.named_modules():
-        if not path or any(path.startswith(prefix) for prefix in inside):
-            continue
-        if is_ours(module):
-            inside.append(f"{path}.")
-        if _is_excluded(path, config):
-            continue
-        if isinstance(wanted, str) and wanted == "all-linear":
-            if (
-                is_supported(module)
-                and not isinstance(module, nn.Embedding)
-                and module is not head
-                and not _is_classifier(path, config)
-            ):
-                found.append(path)
-        elif names_match(path, wanted) and _layer_is_wanted(path, config):
-            (found if is_supported(module) else unsupported).append(path)
-    if unsupported:
-        kinds = ", ".join(f"{path} ({type(model.get_submodule(path)).__name__})" for path in unsupported)
+    modules = visible_modules(model, is_ours)
+    if wanted == ALL_LINEAR:
+        heads = {id(head) for head in output_heads(model)}
+        linear = [path for path, m in modules.items() if is_supported(m) and not _is_embedding(m) and id(m) not in heads]
+        paths = [path for path in linear if not _is_excluded(path, config) and _layer_is_wanted(path, config)]
+    else:
+        paths = matching(modules, wanted, config)
+    if unsupported := [path for path in paths if not is_supported(modules[path])]:
+        kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in unsupported[:8])
         raise ValueError(f"target_modules: expected linear layers, Conv1D or embeddings, got {kinds}")
-    if not found:
-        have = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path and is_supported(module)})
-        raise ValueError(f"target_modules: {wanted!r} matches no module; the model's adaptable ones are called {', '.join(have)}")
+    if not paths:
+        have = sorted({path.rpartition(".")[2] for path, module in modules.items() if is_supported(module)})
+        raise ValueError(
+            f"target_modules: expected names of the model's layers, got {wanted!r}, which matches none; adaptable layers are "
+            f"called {', '.join(have) or 'nothing: there are none'}"
+        )
+    return paths
+
+
+def matching(modules: dict[str, nn.Module], wanted: str | Iterable[str], config: Any) -> list[str]:
+    """The paths that names or a regular expression select; a whole path in a list is not subject to layers_to_transform."""
+    exact = () if isinstance(wanted, str) else wanted
+    return [
+        path
+        for path in modules
+        if names_match(path, wanted) and not _is_excluded(path, config) and (path in exact or _layer_is_wanted(path, config))
+    ]
+
+
+def short_names(modules: dict[str, nn.Module], paths: list[str], config: Any) -> list[str]:
+    """Names that, as target_modules, select just ``paths``: their last components where these suffice."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    return names if set(matching(modules, names, config)) == set(paths) else sorted(paths)
+
+
+def select_whole(modules: dict[str, nn.Module], config: Any) -> list[str]:
+    """Paths of ``modules_to_save`` and of the task's head. ValueError for a name that matches nothing."""
+    given, heads = list(config.modules_to_save or ()), TASK_HEADS.get(config.task_type, ())
+    for name in given:
+        if name not in heads and not any(names_match(path, [name]) for path in modules):
+            have = sorted({path.rpartition(".")[2] for path in modules})
+            raise ValueError(f"modules_to_save: expected names of modules, got {name!r}; there are {', '.join(have)}")
+    return [path for path in modules if names_match(path, [*given, *heads])]
+
+
+def visible_modules(model: nn.Module, is_ours: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """All modules by path, but those inside a wrapper."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path and not path.startswith(inside):
+            found[path] = module
+            if is_ours(module):
+                inside += (f"{path}.",)
     return found
 
 
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or isinstance(getattr(module, "base_layer", None), nn.Embedding)
+
+
 def _is_excluded(path: str, config: Any) -> bool:
-    kept = config.modules_to_save
-    return bool(config.exclude_modules and names_match(path, config.exclude_modules)) or bool(kept and names_match(path, kept))
-
-
-def _is_classifier(path: str, config: Any) -> bool:
-    """Heads that transformers' classification models make anew: trained whole, through modules_to_save, or not at all."""
-    return config.task_type in ("SEQ_CLS", "TOKEN_CLS") and path.rpartition(".")[2] in ("classifier", "score", "out_proj")
+    """Excluded by name, or part of a module that is trained whole."""
+    if config.exclude_modules and names_match(path, config.exclude_modules):
+        return True
+    whole = [*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type, ())]
+    return any(f".{name}." in f".{path}." for name in whole)
 
 
 def _layer_is_wanted(path: str, config: Any) -> bool:
+    """By the first numbered component of the path, after one of ``layers_pattern`` if given."""
     layers = config.layers_to_transform
-    if layers is None:
+    if layers is None or layers == []:
         return True
-    patterns = config.layers_pattern
-    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or [r"[^.]*"]
     for pattern in patterns:
-        if found := re.match(rf".*\.{pattern}\.(\d+)\.", path):
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
             return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
     return False
