@@ -62,6 +62,7 @@ def test_without_the_native_module(monkeypatch):
     other_machine(monkeypatch)
     info = peftk.info()
     assert (info.native, info.cpu_tiers, info.cpu_tier, info.cuda, info.devices) == (False, [], None, False, [])
+    assert info.threads == "torch's own"
     assert info.why_not_native == info.why_not_cuda == "no compiler: c++ was not found"
     assert "cpu        does not run: no compiler: c++ was not found" in str(info)
     assert "cuda       does not run: no compiler: c++ was not found" in str(info)

@@ -31,7 +31,7 @@ def add_low_rank(
     if dropout > 0:
         branch = philox_dropout(branch, dropout, draw_seed() if seed is None else seed)
     s = functional.linear(branch, A.to(branch.dtype))
-    return y + (functional.linear(s, B.to(s.dtype)) * scale).to(y.dtype)
+    return y + functional.linear(s, B.to(s.dtype)) * scale
 
 
 class _Dense(nn.Module):
