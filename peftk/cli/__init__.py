@@ -1,0 +1,60 @@
+"""The program ``peftk``, also ``python -m peftk``: one module a command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from peftk.cli import finetune, generate, info, quantize
+from peftk.cli.errors import UserError
+
+__all__ = ["main"]
+
+COMMANDS = (finetune, generate, quantize, info)
+USER_ERROR = 2  # argparse's own exit status for a bad flag
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and flag."""
+    program = argparse.ArgumentParser(
+        prog="peftk",
+        description="Fine-tune language models cheaply: LoRA on a 4-bit base, on a GPU or a plain CPU.",
+        epilog="peftk COMMAND --help lists a command's flags.",
+    )
+    commands = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, command=name)
+    return program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 where the user's input is at fault, 130 after Ctrl-C. Errors of the
+    program itself are raised."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("peftk").setLevel(logging.INFO)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except ImportError as error:
+        if "peftk[" not in str(error):
+            raise
+        print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\npeftk {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0

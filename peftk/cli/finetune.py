@@ -1,0 +1,257 @@
+"""peftk finetune: a model, a text, a few minutes; an adapter in HF peft's format."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftk
+from peftk.cli import flags, output, resume
+from peftk.cli.data import read_documents
+from peftk.cli.errors import UserError
+from peftk.cli.loss import LanguageModelLoss
+from peftk.cli.memory import peak_bytes, readable
+from peftk.cli.models import DTYPES, MODEL_HELP, open_model, resolve_device, resolve_dtype
+from peftk.cli.packing import Sequences, split_and_pack
+from peftk.cli.prepare import METHODS, prepare_base
+from peftk.cli.training import SCHEDULES, Plan, Progress, train
+
+SUMMARY = "train an adapter on a text"
+DESCRIPTION = (
+    "Trains a LoRA adapter on plain text, on prompts with completions, or on conversations. By default the model's linear"
+    " layers are held in 4 bits (QLoRA). DIR gets the adapter in HF peft's format, loss.csv and loss.png."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every flag of ``peftk finetune``."""
+    what = parser.add_argument_group("what to train on what")
+    what.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
+    what.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="text files, or .jsonl files with 'prompt' and 'completion' or with 'messages' in each line",
+    )
+    what.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the adapter and the losses")
+    what.add_argument("--resume", action="store_true", help="go on with the unfinished run in DIR")
+    what.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from DIR")
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--method", choices=METHODS, default="qlora", help="4-bit base, or the base in --dtype")
+    adapter.add_argument("--r", type=flags.positive_int, default=16, help="rank")
+    adapter.add_argument("--alpha", type=flags.positive_float, default=32.0, help="the branch is scaled by alpha/r")
+    adapter.add_argument("--dropout", type=flags.share, default=0.0, help="on the low-rank branch's input")
+    adapter.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        default=["all-linear"],
+        help="names of the layers to adapt, or all-linear (all but the head)",
+    )
+
+    training = parser.add_argument_group("training")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=flags.positive_int, default=None, help="optimizer steps; instead of --epochs")
+    length.add_argument("--epochs", type=flags.positive_float, default=1.0, help="passes over the data")
+    training.add_argument("--lr", type=flags.positive_float, default=5e-4, help="highest learning rate")
+    training.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="the rate after the warm-up")
+    training.add_argument("--warmup", type=flags.non_negative_float, default=0.05, help="steps; below 1 a share of them")
+    training.add_argument("--batch-size", type=flags.positive_int, default=4, help="sequences at a time")
+    training.add_argument("--grad-accum", type=flags.positive_int, default=2, help="batches a step")
+    training.add_argument("--seq-len", type=flags.sequence_length, default=256, help="tokens a sequence")
+    training.add_argument("--max-grad-norm", type=flags.non_negative_float, default=1.0, help="0 for no clipping")
+    training.add_argument("--weight-decay", type=flags.non_negative_float, default=0.0, help="AdamW's")
+    training.add_argument("--seed", type=flags.seed, default=0, help="of adapter, order, split and dropout")
+    training.add_argument("--eval-fraction", type=flags.share, default=0.05, help="share of the data held out")
+    training.add_argument("--eval-every", type=flags.non_negative_int, default=0, help="steps; 0: at start and end")
+    training.add_argument("--save-every", type=flags.non_negative_int, default=20, help="steps between checkpoints; 0: none")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of activations and dense weights")
+    machine.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute activations again in the backward pass: less memory, a third more time",
+    )
+    machine.add_argument("--threads", type=flags.positive_int, default=None, help="CPU threads; torch's choice by default")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, or go on training, and leave a finished folder."""
+    out: Path = arguments.out
+    for path in arguments.data:
+        if not path.is_file():
+            raise UserError(f"--data {path}: no such file")
+    output.check_folder(out, arguments.resume, arguments.overwrite)
+    before = output.read_run(out) if arguments.resume else None
+    if before is not None and "summary" in before:
+        print(f"{out}: this run is finished already")
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype(arguments.dtype, device)
+    settings = _settings(arguments, dtype, device)
+    if before is not None:
+        output.check_same_settings(before["settings"], settings, out)
+    model, tokenizer = open_model(arguments.model)
+    data, held_out = _read_data(arguments, model, tokenizer)
+    output.claim(out, arguments.overwrite)
+    output.write_run(out, {"peftk": peftk.info().versions["peftk"], "settings": settings})
+    _train(arguments, model, data, held_out, settings, device, dtype)
+
+
+def _train(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    data: Sequences,
+    held_out: Sequences,
+    settings: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    out: Path = arguments.out
+    plan = _plan(arguments, len(data))
+    checkpoint = resume.latest_checkpoint(out)
+    torch.manual_seed(plan.seed)
+    prepare_base(model, arguments.method, dtype, device)
+    _attach(model, arguments, checkpoint)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=plan.lr, weight_decay=plan.weight_decay)
+    loss = LanguageModelLoss(model)
+    progress = resume.restore(checkpoint, optimizer) if checkpoint else Progress()
+    if checkpoint:
+        print(f"resuming after step {progress.step} of {plan.steps}")
+    print(
+        f"training on {data.targets} tokens in {len(data)} sequences, {held_out.targets} tokens held out,"
+        f" {plan.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}"
+    )
+    losses = output.LossFile(out, progress.rows)
+    try:
+        train(
+            loss,
+            optimizer,
+            data,
+            held_out,
+            plan,
+            progress,
+            losses.append,
+            lambda position: resume.save_checkpoint(out, model, optimizer, position),
+        )
+    finally:
+        losses.close()
+    _finish(out, model, progress, settings, device)
+
+
+def _settings(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """All that decides the losses, by flag name; as JSON would give it back."""
+    left_out = ("run", "command", "out", "resume", "overwrite", "threads", "save_every", "data", "dtype", "device")
+    settings = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    settings["data"] = [{"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in arguments.data]
+    settings["dtype"] = {dtype_: name for name, dtype_ in DTYPES.items()}[dtype]
+    settings["device"] = device.type
+    if settings["steps"] is not None:
+        settings.pop("epochs")
+    return settings
+
+
+def _read_data(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> tuple[Sequences, Sequences]:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and arguments.seq_len > longest:
+        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens")
+    documents = read_documents(arguments.data, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return split_and_pack(documents, arguments.seq_len, arguments.eval_fraction, arguments.seed, pad)
+
+
+def _plan(arguments: argparse.Namespace, sequences: int) -> Plan:
+    per_step = arguments.batch_size * arguments.grad_accum
+    steps = arguments.steps or max(1, -(-int(arguments.epochs * sequences) // per_step))
+    warmup = arguments.warmup * steps if arguments.warmup < 1 else arguments.warmup
+    if warmup > steps:
+        raise UserError(f"--warmup {arguments.warmup:g}: longer than the run, which has {steps} steps")
+    return Plan(
+        steps=steps,
+        batch_size=arguments.batch_size,
+        grad_accum=arguments.grad_accum,
+        lr=arguments.lr,
+        schedule=arguments.schedule,
+        warmup_steps=round(warmup),
+        max_grad_norm=arguments.max_grad_norm,
+        weight_decay=arguments.weight_decay,
+        seed=arguments.seed,
+        eval_every=arguments.eval_every,
+        save_every=arguments.save_every,
+    )
+
+
+def _attach(model: nn.Module, arguments: argparse.Namespace, checkpoint: Path | None) -> None:
+    if checkpoint:
+        peftk.load_adapter(model, checkpoint / resume.ADAPTER, is_trainable=True)
+        return
+    targets = arguments.target_modules
+    config = peftk.LoraConfig(
+        r=arguments.r,
+        lora_alpha=arguments.alpha,
+        lora_dropout=arguments.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=arguments.model,
+    )
+    try:
+        peftk.attach(model, config)
+    except ValueError as error:
+        raise UserError(f"--target-modules {' '.join(targets)}: {error}") from error
+
+
+def _finish(out: Path, model: nn.Module, progress: Progress, settings: dict[str, Any], device: torch.device) -> None:
+    output.publish_adapter(out, lambda folder: peftk.save_adapter(model, folder))
+    measured = [row.eval_loss for row in progress.rows if row.eval_loss is not None]
+    report = peftk.report(model)
+    summary = {
+        "base_parameters": report.frozen.elements,
+        "base_bytes": report.frozen.bytes,
+        "adapter_parameters": report.trainable.elements,
+        "adapter_bytes": report.trainable.bytes,
+        "trainable_share": report.trainable_share,
+        "held_out_loss_before": measured[0] if measured else None,
+        "held_out_loss_after": measured[-1] if measured else None,
+        "tokens_per_second": progress.tokens_per_second,
+        "minutes": progress.seconds / 60,
+        "peak_memory_bytes": peak_bytes(device),
+    }
+    output.draw_losses(out, progress.rows, f"{settings['model']}, {settings['method']}")
+    output.write_run(out, {"peftk": peftk.info().versions["peftk"], "settings": settings, "summary": summary})
+    shutil.rmtree(out / output.CHECKPOINTS, ignore_errors=True)
+    _print_summary(out, summary)
+
+
+def _print_summary(out: Path, summary: dict[str, Any]) -> None:
+    if summary["held_out_loss_before"] is None:
+        held_out = "not measured (--eval-fraction 0)"
+    else:
+        held_out = f"{summary['held_out_loss_before']:.3f} -> {summary['held_out_loss_after']:.3f}"
+    lines = {
+        "base": f"{readable(summary['base_bytes'])}, {summary['base_parameters']:,} parameters",
+        "adapter": f"{readable(summary['adapter_bytes'])}, {summary['adapter_parameters']:,} parameters"
+        f" ({summary['trainable_share']:.2%} of all)",
+        "held-out loss": held_out,
+        "speed": f"{summary['tokens_per_second']:.0f} tokens/s",
+        "training": f"{summary['minutes']:.1f} minutes",
+        "peak memory": readable(summary["peak_memory_bytes"]),
+        "written to": str(out),
+    }
+    for name, value in lines.items():
+        print(f"{name:<14} {value}")

@@ -1,0 +1,138 @@
+"""The folder of a run: what may be written where, settings, losses, the picture.
+
+run.json                  settings, and the summary once the run is done
+loss.csv, loss.png        one row a step; written as training goes, drawn at its end
+checkpoints/step-000050   the latest point to resume from; gone once the run is done
+adapter_config.json, adapter_model.safetensors    the adapter, once the run is done
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peftk.atomic import write_file
+from peftk.cli.errors import UserError
+from peftk.cli.training import Row
+
+logger = logging.getLogger("peftk.cli")
+
+SETTINGS, LOSSES, PICTURE, CHECKPOINTS = "run.json", "loss.csv", "loss.png", "checkpoints"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # HF peft's names; the weights come last
+_UNPUBLISHED = "adapter.saved"
+_OWN_FILES = (SETTINGS, LOSSES, PICTURE, *ADAPTER_FILES)
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make sure that a run may write here: the folder is new or empty, holds a run to resume, or may be overwritten. Changes
+    nothing. UserError says which flag would help."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: exists and is not a folder")
+    if not folder.is_dir() or not any(folder.iterdir()) or overwrite:
+        return
+    if not resume:
+        raise UserError(f"--out {folder}: the folder is not empty; --resume goes on with its run, --overwrite starts anew")
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"--resume: {folder} holds no {SETTINGS}, so it is not the folder of a run")
+
+
+def claim(folder: Path, overwrite: bool) -> None:
+    """Make the folder; ``overwrite`` removes an earlier run's files and nothing else. UserError where it can't be made."""
+    if overwrite and folder.is_dir():
+        for name in (CHECKPOINTS, _UNPUBLISHED):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in _OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: can't be made ({error.strerror})") from error
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The run.json of a folder, None where it has none. UserError where it can't be read."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json whole."""
+    write_file(folder / SETTINGS, (json.dumps(run, indent=2) + "\n").encode())
+
+
+def check_same_settings(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """UserError with every flag whose value differs from that of the run to resume."""
+    names = [*before, *(name for name in now if name not in before)]
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    if changed:
+        told = "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, now {now.get(name)}" for name in changed)
+        raise UserError(f"--resume: the run in {folder} had other settings: {told}")
+
+
+class LossFile:
+    """loss.csv: a header, the rows so far, then a line for each new row as it comes."""
+
+    def __init__(self, folder: Path, rows: Sequence[Row]):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(astuple(row) for row in rows)
+        write_file(folder / LOSSES, text.getvalue().encode())
+        self._file = open(folder / LOSSES, "a", encoding="utf-8", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+
+    def append(self, row: Row) -> None:
+        """Write one row through to the file."""
+        self._writer.writerow(astuple(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def draw_losses(folder: Path, rows: Sequence[Row], title: str) -> None:
+    """loss.png: training and held-out loss over the steps. Without matplotlib one log line instead."""
+    if find_spec("matplotlib") is None:
+        logger.warning("no %s: matplotlib is not installed (pip install 'peftk[plot]')", PICTURE)
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label, marker in (("loss", "training (mean of a step)", ""), ("eval_loss", "held-out text", "o")):
+        points = [(row.step, getattr(row, name)) for row in rows if getattr(row, name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, alpha=1.0 if marker else 0.6)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    write_file(folder / PICTURE, picture.getvalue())
+
+
+def publish_adapter(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let ``save`` write the adapter's files aside, then move each of them whole into the run's folder."""
+    aside = folder / _UNPUBLISHED
+    shutil.rmtree(aside, ignore_errors=True)
+    save(aside)
+    for name in ADAPTER_FILES:
+        os.replace(aside / name, folder / name)
+    shutil.rmtree(aside)

