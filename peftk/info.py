@@ -29,10 +29,9 @@ class Info:
         lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items())]
         lines.append("reference  runs everywhere, slow")
         if self.native:
-            unused = ", ".join(t for t in self.cpu_tiers if t != self.cpu_tier)
-            lines.append(
-                f"cpu        {self.cpu_tier} (also: {unused}); threads: {self.threads}, {torch.get_num_threads()} of them"
-            )
+            others = [tier for tier in self.cpu_tiers if tier != self.cpu_tier]
+            also = f" (also: {', '.join(others)})" if others else ""
+            lines.append(f"cpu        {self.cpu_tier}{also}; {torch.get_num_threads()} threads of {self.threads}")
         else:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")

@@ -37,6 +37,9 @@ def implementation(request: pytest.FixtureRequest):
         yield request.param
 
 
+torch.utils._device._device_constructors()  # torch caches its factories at the first torch.device context: not the poisoned ones
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
     """torch.empty and its kin return NaN (or 0xA5 bytes), so that an element which nobody writes fails loudly."""

@@ -9,6 +9,16 @@ import torch
 
 pytest.importorskip("transformers")
 
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The model is so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 WORDS = "the of and to a in that he was it his her with as had she for not but at on".split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

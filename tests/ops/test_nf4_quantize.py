@@ -145,7 +145,7 @@ def test_bad_arguments_are_named():
     w = torch.ones(4, 64)
     with pytest.raises(ValueError, match=r"block_size: expected one of .*4096\), got 48"):
         peftk.quantize_nf4(w, block_size=48)
-    with pytest.raises(TypeError, match="w: expected a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match="w: expected a floating-point tensor of 16 bits or more, got torch.int64"):
         peftk.quantize_nf4(w.long())
     with pytest.raises(ValueError, match="quant_type: expected one of .*got 'int4'"):
         peftk.quantize_nf4(w, quant_type="int4")

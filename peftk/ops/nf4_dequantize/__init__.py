@@ -60,6 +60,9 @@ def check_constants(
         raise TypeError(f"packed: expected uint8, got {packed.dtype}")
     if packed.numel() != (count + 1) // 2:
         raise ValueError(f"packed: expected {(count + 1) // 2} bytes for {count} elements, got {packed.numel()}")
+    for name, part in (("packed", packed), ("absmax", absmax), ("absmax_scale", absmax_scale)):
+        if part is not None and not part.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {part.stride()}")
     blocks = -(-count // block_size)
     nested = absmax_scale is not None
     if nested != (absmax_offset is not None):

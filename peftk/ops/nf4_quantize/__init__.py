@@ -26,8 +26,8 @@ def nf4_quantize(w: torch.Tensor, block_size: int = 64, quant_type: str = "nf4")
     make their block's absmax NaN or Inf. TypeError or ValueError names the argument that doesn't fit."""
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size: expected one of {BLOCK_SIZES}, got {block_size}")
-    if not w.dtype.is_floating_point:
-        raise TypeError(f"w: expected a floating-point tensor, got {w.dtype}")
+    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"w: expected a floating-point tensor of 16 bits or more, got {w.dtype}")
     code4(quant_type)
     return torch.ops.peftk.nf4_quantize(w, block_size, quant_type)
 
