@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/few_rows_bf16.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -11,6 +12,8 @@ namespace peftk::PEFTK_TIER {
 
 inline constexpr std::int64_t kFewRows = 4;
 inline constexpr int kFewOutputs = 4;  // rows of W at once: they share the loads of x and keep enough sums in flight
+
+inline constexpr std::int64_t kFewChain = 32 * kLanes;  // elements that one chain of sums runs over
 
 struct FewOutputs {
   std::int64_t first;  // row of W
@@ -26,11 +29,18 @@ void few_dots(const Rows4<const float*>& w, std::int64_t k, const float* x, std:
     for (F32& s : row) s = broadcast(0.0f);
   const std::int64_t whole = w.aligned() && outputs.count == kFewOutputs ? k : 0;
   F32 factor[M], weight[kFewOutputs];
-  for (std::int64_t position = 0; position < whole; position += kLanes) {
-    for (int i = 0; i < M; i++) factor[i] = load(x + i * x_stride + position);
-    for (int o = 0; o < kFewOutputs; o++) w.template read_whole<1>(outputs.first + o, position, weight + o);
+  for (std::int64_t chain = 0; chain < whole; chain += kFewChain) {
+    F32 part[kFewOutputs][M];
+    for (auto& row : part)
+      for (F32& p : row) p = broadcast(0.0f);
+    for (std::int64_t position = chain; position < std::min(chain + kFewChain, whole); position += kLanes) {
+      for (int i = 0; i < M; i++) factor[i] = load(x + i * x_stride + position);
+      for (int o = 0; o < kFewOutputs; o++) w.template read_whole<1>(outputs.first + o, position, weight + o);
+      for (int o = 0; o < kFewOutputs; o++)
+        for (int i = 0; i < M; i++) part[o][i] = multiply_add(weight[o], factor[i], part[o][i]);
+    }
     for (int o = 0; o < kFewOutputs; o++)
-      for (int i = 0; i < M; i++) sum[o][i] = multiply_add(weight[o], factor[i], sum[o][i]);
+      for (int i = 0; i < M; i++) sum[o][i] = sum[o][i] + part[o][i];
   }
   for (std::int64_t position = whole; position < k; position += kLanes) {
     const int here = static_cast<int>(std::min<std::int64_t>(k - position, kLanes));
@@ -65,9 +75,24 @@ void few_rows(const Matrix4& w, const float* x, std::int64_t x_stride, int threa
   });
 }
 
-// out(row of W, row of x, sum); x is widened to fp32 once.
+// Whether few_product is the way for m rows of x.
+template <class T>
+bool few_fits(const Matrix4& w, std::int64_t m) {
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+  if (std::is_same_v<T, Bf16> && few_bf16_fits(w, m)) return true;
+#else
+  (void)w;
+#endif
+  return m <= kFewRows;
+}
+
+// out(row of W, row of x, sum); x is widened to fp32 once, where its products are fp32 ones.
 template <class T, class Out>
 void few_product(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+  if constexpr (std::is_same_v<T, Bf16>)
+    if (few_bf16_fits(w, m)) return few_product_bf16(w, x, stride, m, threads, out);
+#endif
   const std::int64_t wide_stride = (w.k + kLanes - 1) / kLanes * kLanes;
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(m * wide_stride));
   float* const wide = memory.as<float>();

@@ -24,6 +24,8 @@ inline constexpr std::int64_t kRowBlock = 512;
 // Steps summed in registers before they are added to the tile: one long chain of fp32 sums would lose twice the digits at
 // k = 4096 that a library's product loses. 1 % of the time.
 inline constexpr std::int64_t kChainSteps = 256;
+// In fp32 a small depth needs shorter ones: plain products of small shapes sum many lanes side by side. 4 % of the time.
+inline constexpr std::int64_t kShortChainSteps = 32, kSmallDepth = 512;
 
 // `panel(span, cells)` makes the right side's cells; `left` as pack_left writes it for `depth`.
 template <class Panel>
@@ -72,14 +74,14 @@ void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int
   });
 }
 
-// The depth cut into equal chunks of kPanelSteps steps at most.
+// The depth cut into equal chunks of kPanelSteps steps at most; each starts at a whole vector, as read_whole wants it.
 template <class Cell>
 struct Chunks {
   std::int64_t count, steps;
   explicit Chunks(std::int64_t depth) {
     const std::int64_t all = steps_of<Cell>(depth);
     count = all > kPanelSteps ? (all + kPanelSteps - 1) / kPanelSteps : 1;
-    steps = (all + count - 1) / count;
+    steps = ((all + count - 1) / count + kLanes - 1) / kLanes * kLanes;
   }
 };
 
@@ -148,8 +150,9 @@ class Product {
 
   template <int V>
   static void multiply(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* sums) {
-    for (std::int64_t step = 0; step < steps; step += kChainSteps)
-      multiply_tile<Cell, V>(left + step * kTileRows, panel + step * V * kLanes, std::min(steps - step, kChainSteps), sums);
+    const std::int64_t chain = Cell::kDepth == 1 && steps <= kSmallDepth ? kShortChainSteps : kChainSteps;
+    for (std::int64_t step = 0; step < steps; step += chain)
+      multiply_tile<Cell, V>(left + step * kTileRows, panel + step * V * kLanes, std::min(steps - step, chain), sums);
   }
 
   std::int64_t m_, cols_;

@@ -10,15 +10,16 @@ namespace {
 
 template <class T>
 void few_forward(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
-  few_product(w, x, stride, m, threads,
-              [&](std::int64_t row, int i, float sum) { y[i * w.rows + row] = narrow<T>(bias ? sum + widen(bias[row]) : sum); });
+  few_product(w, x, stride, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
+    y[i * w.rows + row] = narrow<T>(bias ? sum + widen(bias[row]) : sum);
+  });
 }
 
 template <class T>
 void forward(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
   using Cell = CellOf<T>;
   if (m == 0) return;
-  if (m <= kFewRows) return few_forward(w, x, stride, m, bias, y, threads);
+  if (few_fits<T>(w, m)) return few_forward(w, x, stride, m, bias, y, threads);
   const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(std::min(m, kRowBlock), w.k)));
   auto* const left = packed.as<std::uint32_t>();
   for (std::int64_t first = 0; first < m; first += kRowBlock) {

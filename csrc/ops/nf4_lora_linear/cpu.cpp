@@ -116,7 +116,7 @@ void few_forward(const Matrix4& w, const Rows<T>& x, std::int64_t m, const Rows<
   const Scratch memory = floats_for(m * branch.r);
   float* const s = memory.as<float>();
   few_low_rank_input(z, branch, w.k, m, s, kept, threads);
-  few_product(w, x.data, x.stride, m, threads, [&](std::int64_t row, int i, float sum) {
+  few_product(w, x.data, x.stride, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
     F32 low = broadcast(0.0f);
     for (std::int64_t j = 0; j < branch.r; j += kLanes) {
       F32 b, f;
