@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The model is so small that a second thread only waits."""
     before = torch.get_num_threads()
