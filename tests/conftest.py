@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._device import _device_constructors  # noqa: E402
 
 import peftk  # noqa: E402
 from peftk.native import native, why_not_native  # noqa: E402
@@ -37,7 +38,7 @@ def implementation(request: pytest.FixtureRequest):
         yield request.param
 
 
-torch.utils._device._device_constructors()  # torch caches its factories at the first torch.device context: not the poisoned ones
+_device_constructors()  # torch caches its factories at the first torch.device context: not the poisoned ones
 
 
 @pytest.fixture(autouse=True)
