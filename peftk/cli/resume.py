@@ -59,7 +59,7 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
     except Exception as error:  # bytes that are no pickle raise whatever the reader stumbles over
         raise UserError(f"--resume: {path} can't be read ({type(error).__name__}: {error})") from error
     optimizer.load_state_dict(state["optimizer"])
-    pass
+    torch.set_rng_state(state["random"])
     if state["random_cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random_cuda"])
     return Progress(state["step"], [Row(*row) for row in state["rows"]], state["processed"], state["seconds"])
