@@ -55,12 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--model {arguments.model}: {type(model).__name__} has no linear layer to quantise")
     with write_folder(out) as folder:
         write_quantised(model, tokenizer, folder)
-    print(f"{out}: {readable(before)} -> {readable(peftk.report(model).frozen.bytes)}")
+    print(f"{out}: {readable(before)} -> {readable(peftk.report(model).total.bytes)}")
 
 
 def write_quantised(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """config.json with its quantization_config, model.safetensors with bitsandbytes' keys, the tokenizer's files."""
     save_file(_without_aliases(model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
