@@ -31,7 +31,8 @@ class Info:
         if self.native:
             others = [tier for tier in self.cpu_tiers if tier != self.cpu_tier]
             also = f" (also: {', '.join(others)})" if others else ""
-            lines.append(f"cpu        {self.cpu_tier}{also}; {torch.get_num_threads()} threads of {self.threads}")
+            count = torch.get_num_threads()
+            lines.append(f"cpu        {self.cpu_tier}{also}; threads: {self.threads}, {count} of them")
         else:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")

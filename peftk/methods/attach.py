@@ -60,6 +60,10 @@ def attach(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.M
 
     ValueError: the name is taken, or the config selects nothing or what can't be adapted; the model is then as before.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not callable(getattr(config, "inject", None)):
+        raise TypeError(f"config: expected a method's config, LoraConfig for one, got {type(config).__name__}")
     check_new_name(model, adapter_name)
     state = find_attached(model)
     if state is None:

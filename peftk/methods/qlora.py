@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftk.methods.attach import attach
+from peftk.methods.attach import attach, check_new_name
 from peftk.methods.lora import LoraConfig
 from peftk.methods.targets import TASK_HEADS, output_heads
 from peftk.nn import quantize_model
@@ -38,6 +38,7 @@ def qlora(
     changed, without them.
     """
     config = qlora_config() if config is None else config
+    check_new_name(model, adapter_name)
     if gradient_checkpointing:
         _check_checkpointing(model)
     quantize_model(model, _kept_dense(model, config), block_size, double_quant, progress)

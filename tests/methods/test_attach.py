@@ -213,10 +213,17 @@ def test_what_fails_leaves_the_model_as_before():
             attach(model, config)
         assert [type(m) for m in model.modules()] == classes
         tiny.assert_same_state(before, tiny.state_of(model))
-    for name in ("", "a.b", 3):
+    for name in ("", "a.b", 3, "training", "_parameters", "keys"):
         with pytest.raises(ValueError, match="adapter_name: expected"):
             attach(model, LoraConfig(target_modules=["q"]), name)
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got int"):
+        attach(3, LoraConfig())
+    with pytest.raises(TypeError, match="config: expected a method's config, LoraConfig for one, got dict"):
+        attach(model, {"r": 8})
     attach(model, LoraConfig(target_modules=["q"]))
+    with pytest.raises(ValueError, match="adapter_name: 'default' is attached already"):
+        peftk.qlora(model, gradient_checkpointing=False)
+    assert not any(isinstance(m, peftk.nn.NF4Linear) for m in model.modules())
     with pytest.raises(ValueError, match="adapter_name: 'default' is attached already"):
         attach(model, LoraConfig(target_modules=["q"]))
     with pytest.raises(ValueError, match="no adapter called 'c'"):
