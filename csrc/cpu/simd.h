@@ -17,6 +17,7 @@
 
 #if defined(PEFTK_TIER_IS_AVX512) || defined(PEFTK_TIER_IS_AVX512_BF16)
 #include "cpu/simd_avx512.h"
+#define PEFTK_HAS_WIDE_CODES 1  // decode_wide: 32 codes to bf16 at once
 #elif defined(PEFTK_TIER_IS_AVX2)
 #include "cpu/simd_avx2.h"
 #else

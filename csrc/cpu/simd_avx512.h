@@ -103,4 +103,27 @@ inline F32 lookup256(const float* table, const std::uint8_t* index) {
   return {_mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index)), table, 4)};
 }
 
+// 32 elements of 4 bits to bf16: even elements in one vector, odd ones in another, so that nibbles cost two operations.
+inline constexpr int kWideCodes = 32;
+
+inline __m512i decode_wide(Table16 table, const std::uint8_t* packed, F32 scale) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
+  const F32 zero = broadcast(0.0f);
+  const F32 even = lookup(table, {_mm512_srli_epi32(bytes, 4)}) * scale + zero, odd = lookup(table, {bytes}) * scale + zero;
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+  alignas(64) static constexpr std::uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v));
+#else
+  const auto rounded = [](F32 x) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  };
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(even), 16), rounded(odd));
+#endif
+}
+inline void store_wide(Bf16* p, __m512i x) { _mm512_storeu_si512(p, x); }
+inline void stream_wide(Bf16* p, __m512i x) { _mm512_stream_si512((__m512i*)p, x); }
+
 }  // namespace peftk::PEFTK_TIER

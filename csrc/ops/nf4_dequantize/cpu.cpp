@@ -36,26 +36,52 @@ void decode_few(const Source& source, std::int64_t first, std::int64_t count, fl
   }
 }
 
+// Whole groups of kWideCodes elements to bf16; returns how many elements. The machine's own conversion flushes denormals, so
+// blocks with a tiny scale, and NaN and Inf, are left to the general loop.
+template <bool kStream, class T>
+std::int64_t decode_wide_groups(const Source& source, const std::uint8_t* packed, std::int64_t count, float scale, T* out) {
+  std::int64_t i = 0;
+#ifdef PEFTK_HAS_WIDE_CODES
+  if constexpr (std::is_same_v<T, Bf16>) {
+    const float magnitude = scale < 0 ? -scale : scale;
+    if (!(magnitude >= 0x1p-100f && magnitude <= 0x1p+120f)) return 0;
+    for (; i + kWideCodes <= count; i += kWideCodes) {
+      const auto values = decode_wide(source.table, packed + i / 2, broadcast(scale));
+      if constexpr (kStream)
+        stream_wide(out + i, values);
+      else
+        store_wide(out + i, values);
+    }
+  }
+#endif
+  return i;
+}
+
 // Elements [first, first + count), all of one block.
-template <class T, class Store>
-void decode_run(const Source& source, std::int64_t first, std::int64_t count, float scale, T* out, Store store_as) {
+template <bool kStream, class T>
+void decode_run(const Source& source, std::int64_t first, std::int64_t count, float scale, T* out) {
   if (first & 1) return decode_few(source, first, count, scale, out);
   const F32 scales = broadcast(scale);
   const std::uint8_t* packed = source.packed + first / 2;
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store_as(out + i, decode(source, packed + i / 2, scales));
+  std::int64_t i = decode_wide_groups<kStream>(source, packed, count, scale, out);
+  for (; i + kLanes <= count; i += kLanes) {
+    if constexpr (kStream)
+      stream(out + i, decode(source, packed + i / 2, scales));
+    else
+      store(out + i, decode(source, packed + i / 2, scales));
+  }
   if (i < count) decode_few(source, first + i, count - i, scale, out + i);
 }
 
-template <class T, class Store>
-void decode_blocks(const Source& source, std::int64_t first, std::int64_t count, T* out, int threads, Store store_as) {
+template <bool kStream, class T>
+void decode_blocks(const Source& source, std::int64_t first, std::int64_t count, T* out, int threads) {
   const std::int64_t first_block = first / source.block_size;
   const std::int64_t last_block = (first + count - 1) / source.block_size;
   parallel_for(last_block - first_block + 1, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t block = first_block + begin; block < first_block + end; block++) {
       const std::int64_t start = block * source.block_size, stop = start + source.block_size;
       const std::int64_t from = start < first ? first : start, to = stop > first + count ? first + count : stop;
-      decode_run(source, from, to - from, source.absmax[block], out + (from - first), store_as);
+      decode_run<kStream>(source, from, to - from, source.absmax[block], out + (from - first));
     }
     stream_fence();
   });
@@ -71,11 +97,11 @@ void nf4_dequantize(const std::uint8_t* packed, const void* absmax, const float*
                       load_table16(code4(quant_type).value)};
   with_type(out, dtype, [&](auto* values) {
     using T = std::remove_pointer_t<decltype(values)>;
-    const bool aligned = reinterpret_cast<std::uintptr_t>(values) % (kLanes * sizeof(T)) == 0 && first % block_size == 0;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(values) % 64 == 0 && first % block_size == 0;
     if (aligned && count * static_cast<std::int64_t>(sizeof(T)) >= kStreamFrom)
-      decode_blocks(source, first, count, values, threads, [](T* p, F32 v) { stream(p, v); });
+      decode_blocks<true>(source, first, count, values, threads);
     else
-      decode_blocks(source, first, count, values, threads, [](T* p, F32 v) { store(p, v); });
+      decode_blocks<false>(source, first, count, values, threads);
   });
 }
 
