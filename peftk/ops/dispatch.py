@@ -79,11 +79,6 @@ def use(name: str) -> Iterator[None]:
             module.set_tier(before)
 
 
-def forced() -> str | None:
-    """The implementation that ``use`` forces here, or None."""
-    return _forced.get()
-
-
 def reasons_against_cpu(*tensors: torch.Tensor | None) -> list[str]:
     """Why compiled CPU kernels can't take these tensors."""
     if native() is None:
