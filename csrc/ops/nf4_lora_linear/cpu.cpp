@@ -1,242 +1,34 @@
-// The branch rides on the base product: its sums start from s S B^T (forward) or D(T A) (backward), a few steps of the depth
-// more. Nothing of W's size, no mask and no copy of D(z) is kept; what is made again is made in the packing of a panel.
+// W's panels are decoded as in nf4_linear; the branch beside them stands in low_rank.h.
 #include "cpu/few_rows.h"
-#include "cpu/panel4.h"
-#include "cpu/product.h"
+#include "cpu/low_rank.h"
 #include "ops/nf4_lora_linear/op.h"
 
 namespace peftk::PEFTK_TIER {
 namespace {
 
-// A or B: rows of any of the three types.
-struct FactorRows {
-  const void* data;
-  int dtype;
-  std::int64_t stride;
+// W in 4 bits, as low_rank.h wants it.
+struct Base4 {
+  Matrix4 w;
+  std::int64_t n, k;
+  explicit Base4(const Matrix4& matrix) : w(matrix), n(matrix.rows), k(matrix.k) {}
 
-  bool aligned() const { return true; }
-  template <int N>
-  void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
-    with_type(data, dtype, [&](const auto* p) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
-      DenseRows<T>{p, stride}.template read<N>(row, position, count, v);
-    });
+  template <class Cell>
+  auto weight_rows() const {
+    return PEFTK_TIER::weight_rows<Cell>(w);
   }
-  template <int N>
-  void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
-    read<N>(row, position, N * kLanes, v);
+  template <class Cell>
+  auto weight_columns() const {
+    return PEFTK_TIER::weight_columns<Cell>(w);
+  }
+  template <class T>
+  bool few_fits(std::int64_t m) const {
+    return m <= kFewRows;
+  }
+  template <class T, class Out>
+  void few_product(const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) const {
+    PEFTK_TIER::few_product(w, x, stride, m, threads, out);
   }
 };
-
-struct Branch {
-  FactorRows a, b;
-  std::int64_t r;
-  float scale;
-  Dropout dropout;
-};
-
-template <class T>
-struct Rows {  // (m, columns)
-  const T* data;
-  std::int64_t stride;
-};
-
-template <class Cell>
-Scratch cells_for(std::int64_t rows, std::int64_t depth) {
-  return Scratch(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(rows, depth)));
-}
-Scratch floats_for(std::int64_t count) { return Scratch(sizeof(float) * static_cast<std::size_t>(count)); }
-
-// Calls body with z's rows, dropped out or plain.
-template <class T, class Body>
-void with_branch_input(const Rows<T>& z, const Dropout& dropout, Body body) {
-  const DenseRows<T> plain{z.data, z.stride};
-  if (dropout.drop_below)
-    body(DroppedRows<DenseRows<T>>{plain, dropout});
-  else
-    body(plain);
-}
-
-void drop_tile(const Tile& tile, std::int64_t first_row, const Dropout& dropout) {
-  float factor[Dropout::kReach + kLanes];
-  for (int i = 0; i < tile.rows; i++) {
-    dropout.mask(first_row + tile.row + i, tile.col, factor);
-    float* const sums = tile.sums + i * tile.stride;
-    for (int j = 0; j < tile.cols; j += kLanes) store(sums + j, load(sums + j) * load(factor + j));
-  }
-}
-
-// S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r). `left` is left with D(z)'s cells.
-template <class Cell, class T>
-void low_rank_input(const Rows<T>& z, const Branch& branch, std::int64_t k, std::int64_t first, std::int64_t count,
-                    std::uint32_t* left, float* wide, T* kept, int threads) {
-  with_branch_input(z, branch.dropout, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
-  const auto finish = [&](const Tile& tile) {
-    store_tile(wide, branch.r, tile);
-    store_tile(kept + first * branch.r, branch.r, tile);
-  };
-  product<Cell>(count, branch.r, no_factors(), factors(left, k, rows_as_columns<Cell>(branch.a)), nothing_between(), finish,
-                threads);
-}
-
-// The same for kFewRows rows or fewer: lanes along k. In fp64, since dB is no better than these few sums.
-template <class T>
-void few_low_rank_input(const Rows<T>& z, const Branch& branch, std::int64_t k, std::int64_t m, float* wide, T* kept,
-                        int threads) {
-  const auto dot = [&](const auto& rows, std::int64_t i, std::int64_t j) {
-    double sum[kLanes] = {};
-    for (std::int64_t position = 0; position < k; position += kLanes) {
-      const int here = static_cast<int>(std::min<std::int64_t>(k - position, kLanes));
-      F32 value, factor;
-      float values[kLanes], factors[kLanes];
-      rows.template read<1>(i, position, here, &value);
-      branch.a.read<1>(j, position, here, &factor);
-      store(values, value);
-      store(factors, factor);
-      for (int lane = 0; lane < kLanes; lane++) sum[lane] += static_cast<double>(values[lane]) * factors[lane];
-    }
-    double all = 0.0;
-    for (double lane : sum) all += lane;
-    return static_cast<float>(all);
-  };
-  with_branch_input(z, branch.dropout, [&](const auto& rows) {
-    parallel_for(branch.r, threads, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t j = begin; j < end; j++)
-        for (std::int64_t i = 0; i < m; i++) {
-          wide[i * branch.r + j] = dot(rows, i, j);
-          kept[i * branch.r + j] = narrow<T>(wide[i * branch.r + j]);
-        }
-    });
-  });
-}
-
-template <class T>
-void few_forward(const Matrix4& w, const Rows<T>& x, std::int64_t m, const Rows<T>& z, const Branch& branch, const T* bias, T* y,
-                 T* kept, int threads) {
-  const Scratch memory = floats_for(m * branch.r);
-  float* const s = memory.as<float>();
-  few_low_rank_input(z, branch, w.k, m, s, kept, threads);
-  few_product(w, x.data, x.stride, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
-    F32 low = broadcast(0.0f);
-    for (std::int64_t j = 0; j < branch.r; j += kLanes) {
-      F32 b, f;
-      const int here = static_cast<int>(std::min<std::int64_t>(branch.r - j, kLanes));
-      branch.b.read<1>(row, j, here, &b);
-      DenseRows<float>{s, branch.r}.read<1>(i, j, here, &f);
-      low = multiply_add(b, f, low);
-    }
-    const float all = sum + branch.scale * reduce_sum(low);
-    y[i * w.rows + row] = narrow<T>(bias ? all + widen(bias[row]) : all);
-  });
-}
-
-template <class T>
-void forward(const Matrix4& w, const Rows<T>& x, std::int64_t m, const Rows<T>& z, const Branch& branch, const T* bias, T* y,
-             T* s, int threads) {
-  using Cell = CellOf<T>;
-  if (m == 0) return;
-  if (m <= kFewRows) return few_forward(w, x, m, z, branch, bias, y, s, threads);
-  const std::int64_t block = std::min(m, kRowBlock);
-  const bool own_input = z.data != x.data || branch.dropout.drop_below;
-  const Scratch left = cells_for<Cell>(block, w.k), low_left = cells_for<Cell>(block, branch.r);
-  const Scratch wide = floats_for(block * branch.r);
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
-    low_rank_input<Cell>(z, branch, w.k, first, count, left.as<std::uint32_t>(), wide.as<float>(), s, threads);
-    const DenseRows<float> scaled{wide.as<float>(), branch.r, branch.scale};
-    pack_all<Cell>(scaled, 0, count, branch.r, low_left.as<std::uint32_t>(), threads);
-    if (own_input) pack_all<Cell>(DenseRows<T>{x.data, x.stride}, first, count, w.k, left.as<std::uint32_t>(), threads);
-    const auto finish = [&](const Tile& tile) {
-      if (bias) add_bias(tile, bias);
-      store_tile(y + first * w.rows, w.rows, tile);
-    };
-    product<Cell>(count, w.rows, factors(low_left.as<std::uint32_t>(), branch.r, rows_as_columns<Cell>(branch.b)),
-                  factors(left.as<std::uint32_t>(), w.k, weight_rows<Cell>(w)), nothing_between(), finish, threads);
-  }
-}
-
-template <class T>
-struct Gradients {
-  T *dx, *dz;  // or nullptr
-  bool z_is_x;
-  void *da, *db;
-};
-
-// dx and dz of the rows [first, first + count) from packed dy and packed T.
-template <class Cell, class T>
-void input_gradients(const Matrix4& w, const Branch& branch, std::int64_t first, std::int64_t count, const std::uint32_t* dy,
-                     const std::uint32_t* t, const Gradients<T>& out, int threads) {
-  const auto drop = [&](const Tile& tile) {
-    if (branch.dropout.drop_below) drop_tile(tile, first, branch.dropout);
-  };
-  const auto store_dx = [&](const Tile& tile) { store_tile(out.dx + first * w.k, w.k, tile); };
-  const auto store_dz = [&](const Tile& tile) {
-    drop(tile);
-    store_tile(out.dz + first * w.k, w.k, tile);
-  };
-  const auto low = factors(t, branch.r, rows_as_depth<Cell>(branch.a));
-  const auto base = factors(dy, w.rows, weight_columns<Cell>(w));
-  if (out.dx && out.z_is_x) product<Cell>(count, w.k, low, base, drop, store_dx, threads);
-  if (out.dx && !out.z_is_x) product<Cell>(count, w.k, no_factors(), base, nothing_between(), store_dx, threads);
-  if (out.dz) product<Cell>(count, w.k, no_factors(), low, nothing_between(), store_dz, threads);
-}
-
-// dA = T^T D(z) from T^T (r, m) in fp32; dB^T = scale S^T dy from S (m, r). Sums run over all m rows.
-template <class Cell, class T>
-void factor_gradients(const Branch& branch, std::int64_t n, std::int64_t k, std::int64_t m, const Rows<T>& dy, const Rows<T>& z,
-                      const T* s, float* turned, const Gradients<T>& out, int threads) {
-  const Scratch memory = cells_for<Cell>(branch.r, m);
-  auto* const left = memory.as<std::uint32_t>();
-  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
-  with_type(out.da, branch.a.dtype, [&](auto* da) {
-    with_branch_input(z, branch.dropout, [&](const auto& rows) {
-      product<Cell>(
-          branch.r, k, no_factors(), factors(left, m, rows_as_depth<Cell>(rows)), nothing_between(),
-          [&](const Tile& tile) { store_tile(da, k, tile); }, threads);
-    });
-  });
-  for (std::int64_t i = 0; i < m; i++)
-    for (std::int64_t j = 0; j < branch.r; j++) turned[j * m + i] = widen(s[i * branch.r + j]);
-  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
-  with_type(out.db, branch.b.dtype, [&](auto* db) {
-    using D = std::remove_pointer_t<decltype(db)>;
-    const auto finish = [&](const Tile& tile) {
-      for (int i = 0; i < tile.rows; i++)
-        for (int j = 0; j < tile.cols; j++)
-          db[(tile.col + j) * branch.r + tile.row + i] = narrow<D>(branch.scale * tile.sums[i * tile.stride + j]);
-    };
-    const DenseRows<T> rows{dy.data, dy.stride};
-    product<Cell>(branch.r, n, no_factors(), factors(left, m, rows_as_depth<Cell>(rows)), nothing_between(), finish, threads);
-  });
-}
-
-template <class T>
-void backward(const Matrix4& w, const Rows<T>& dy, std::int64_t m, const Rows<T>& z, const T* s, const Branch& branch,
-              const Gradients<T>& out, int threads) {
-  using Cell = CellOf<T>;
-  const std::int64_t block = std::min(m, kRowBlock), r = branch.r;
-  const Scratch turned = floats_for(r * m);  // T^T, (r, m)
-  {
-    const Scratch left = cells_for<Cell>(block, w.rows), low_left = cells_for<Cell>(block, r), wide = floats_for(block * r);
-    for (std::int64_t first = 0; first < m; first += kRowBlock) {
-      const std::int64_t count = std::min(m - first, kRowBlock);
-      pack_all<Cell>(DenseRows<T>{dy.data, dy.stride}, first, count, w.rows, left.as<std::uint32_t>(), threads);
-      const auto finish = [&](const Tile& tile) {
-        for (int i = 0; i < tile.rows; i++)
-          for (int j = 0; j < tile.cols; j++) {
-            const float t = branch.scale * tile.sums[i * tile.stride + j];
-            wide.as<float>()[(tile.row + i) * r + tile.col + j] = t;
-            turned.as<float>()[(tile.col + j) * m + first + tile.row + i] = t;
-          }
-      };
-      product<Cell>(count, r, no_factors(), factors(left.as<std::uint32_t>(), w.rows, rows_as_depth<Cell>(branch.b)),
-                    nothing_between(), finish, threads);
-      pack_all<Cell>(DenseRows<float>{wide.as<float>(), r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
-      input_gradients<Cell>(w, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(), out, threads);
-    }
-  }
-  factor_gradients<Cell>(branch, w.rows, w.k, m, dy, z, s, turned.as<float>(), out, threads);
-}
 
 }  // namespace
 
@@ -245,13 +37,13 @@ void nf4_lora_linear(const std::uint8_t* packed, const void* absmax, const float
                      std::int64_t x_stride, std::int64_t m, int dtype, const void* z, std::int64_t z_stride, const void* a,
                      int a_dtype, const void* b, int b_dtype, std::int64_t r, float scale, const void* bias,
                      std::uint32_t drop_below, float keep_scale, std::uint64_t seed, void* y, void* s, int threads) {
-  const Matrix4 w = make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type);
+  const Base4 w(make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type));
   const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed, k}};
   with_type(x, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
-    const Rows<T> base{rows, x_stride}, input{static_cast<const T*>(z), z_stride};
-    forward<T>(w, base, m, z ? input : base, branch, static_cast<const T*>(bias), static_cast<T*>(y), static_cast<T*>(s),
-               threads);
+    const Activations<T> given{rows, x_stride}, input{static_cast<const T*>(z), z_stride};
+    low_rank_forward(w, given, m, z ? input : given, branch, static_cast<const T*>(bias), static_cast<T*>(y), static_cast<T*>(s),
+                     threads);
   });
 }
 
@@ -261,12 +53,13 @@ void nf4_lora_linear_backward(const std::uint8_t* packed, const void* absmax, co
                               std::int64_t z_stride, const void* s, const void* a, int a_dtype, const void* b, int b_dtype,
                               std::int64_t r, float scale, std::uint32_t drop_below, float keep_scale, std::uint64_t seed,
                               int z_is_x, void* dx, void* dz, void* da, void* db, int threads) {
-  const Matrix4 w = make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type);
+  const Base4 w(make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type));
   const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed, k}};
   with_type(dy, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     const Gradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0, da, db};
-    backward<T>(w, {rows, dy_stride}, m, {static_cast<const T*>(z), z_stride}, static_cast<const T*>(s), branch, out, threads);
+    const Activations<T> given{rows, dy_stride}, input{static_cast<const T*>(z), z_stride};
+    low_rank_backward(w, given, m, input, static_cast<const T*>(s), branch, out, threads);
   });
 }
 

@@ -1,0 +1,250 @@
+// A low-rank branch beside a base product, forward and backward: y = x W^T + bias + scale D(z) A^T B^T. The branch rides on the
+// base product: its sums start from s S B^T (forward) or D(T A) (backward), a few steps of the depth more. Nothing of W's size,
+// no mask and no copy of D(z) is kept; what is made again is made in the packing of a panel. Knows no op. A base provides
+//   n, k                                      the shape of W
+//   weight_rows<Cell>()                       W^T: panels of rows of W, the depth is k
+//   weight_columns<Cell>()                    W: panels of columns of W, the depth is n
+//   few_fits<T>(m)                            whether few_product is the way for m rows of x
+//   few_product(x, stride, m, threads, out)   out(row of W, row of x, sum) for all of them
+#pragma once
+#include <algorithm>
+
+#include "cpu/panel4.h"  // rows_as_columns, rows_as_depth
+#include "cpu/product.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+
+namespace peftk::PEFTK_TIER {
+
+// A or B: rows of any of the three types.
+struct FactorRows {
+  const void* data;
+  int dtype;
+  std::int64_t stride;
+
+  bool aligned() const { return true; }
+  template <int N>
+  void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
+    with_type(data, dtype, [&](const auto* p) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
+      DenseRows<T>{p, stride}.template read<N>(row, position, count, v);
+    });
+  }
+  template <int N>
+  void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
+    read<N>(row, position, N * kLanes, v);
+  }
+};
+
+struct Branch {
+  FactorRows a, b;
+  std::int64_t r;
+  float scale;
+  Dropout dropout;
+};
+
+template <class T>
+struct Activations {  // (m, columns)
+  const T* data;
+  std::int64_t stride;
+};
+
+template <class Cell>
+Scratch cells_for(std::int64_t rows, std::int64_t depth) {
+  return Scratch(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(rows, depth)));
+}
+inline Scratch floats_for(std::int64_t count) { return Scratch(sizeof(float) * static_cast<std::size_t>(count)); }
+
+// Calls body with z's rows, dropped out or plain.
+template <class T, class Body>
+void with_branch_input(const Activations<T>& z, const Dropout& dropout, Body body) {
+  const DenseRows<T> plain{z.data, z.stride};
+  if (dropout.drop_below)
+    body(DroppedRows<DenseRows<T>>{plain, dropout});
+  else
+    body(plain);
+}
+
+inline void drop_tile(const Tile& tile, std::int64_t first_row, const Dropout& dropout) {
+  float factor[Dropout::kReach + kLanes];
+  for (int i = 0; i < tile.rows; i++) {
+    dropout.mask(first_row + tile.row + i, tile.col, factor);
+    float* const sums = tile.sums + i * tile.stride;
+    for (int j = 0; j < tile.cols; j += kLanes) store(sums + j, load(sums + j) * load(factor + j));
+  }
+}
+
+// S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r). `left` is left with D(z)'s cells.
+template <class Cell, class T>
+void low_rank_input(const Activations<T>& z, const Branch& branch, std::int64_t k, std::int64_t first, std::int64_t count,
+                    std::uint32_t* left, float* wide, T* kept, int threads) {
+  with_branch_input(z, branch.dropout, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
+  const auto finish = [&](const Tile& tile) {
+    store_tile(wide, branch.r, tile);
+    store_tile(kept + first * branch.r, branch.r, tile);
+  };
+  product<Cell>(count, branch.r, no_factors(), factors(left, k, rows_as_columns<Cell>(branch.a)), nothing_between(), finish,
+                threads);
+}
+
+// The same for kFewRows rows or fewer: lanes along k. In fp64, since dB is no better than these few sums.
+template <class T>
+void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int64_t k, std::int64_t m, float* wide, T* kept,
+                        int threads) {
+  const auto dot = [&](const auto& rows, std::int64_t i, std::int64_t j) {
+    double sum[kLanes] = {};
+    for (std::int64_t position = 0; position < k; position += kLanes) {
+      const int here = static_cast<int>(std::min<std::int64_t>(k - position, kLanes));
+      F32 value, factor;
+      float values[kLanes], factors[kLanes];
+      rows.template read<1>(i, position, here, &value);
+      branch.a.read<1>(j, position, here, &factor);
+      store(values, value);
+      store(factors, factor);
+      for (int lane = 0; lane < kLanes; lane++) sum[lane] += static_cast<double>(values[lane]) * factors[lane];
+    }
+    double all = 0.0;
+    for (double lane : sum) all += lane;
+    return static_cast<float>(all);
+  };
+  with_branch_input(z, branch.dropout, [&](const auto& rows) {
+    parallel_for(branch.r, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t j = begin; j < end; j++)
+        for (std::int64_t i = 0; i < m; i++) {
+          wide[i * branch.r + j] = dot(rows, i, j);
+          kept[i * branch.r + j] = narrow<T>(wide[i * branch.r + j]);
+        }
+    });
+  });
+}
+
+template <class Base, class T>
+void few_forward(const Base& base, const Activations<T>& x, std::int64_t m, const Activations<T>& z, const Branch& branch,
+                 const T* bias, T* y, T* kept, int threads) {
+  const Scratch memory = floats_for(m * branch.r);
+  float* const s = memory.as<float>();
+  few_low_rank_input(z, branch, base.k, m, s, kept, threads);
+  base.few_product(x.data, x.stride, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
+    F32 low = broadcast(0.0f);
+    for (std::int64_t j = 0; j < branch.r; j += kLanes) {
+      F32 b, f;
+      const int here = static_cast<int>(std::min<std::int64_t>(branch.r - j, kLanes));
+      branch.b.read<1>(row, j, here, &b);
+      DenseRows<float>{s, branch.r}.read<1>(i, j, here, &f);
+      low = multiply_add(b, f, low);
+    }
+    const float all = sum + branch.scale * reduce_sum(low);
+    y[i * base.n + row] = narrow<T>(bias ? all + widen(bias[row]) : all);
+  });
+}
+
+template <class Base, class T>
+void low_rank_forward(const Base& base, const Activations<T>& x, std::int64_t m, const Activations<T>& z, const Branch& branch,
+                      const T* bias, T* y, T* s, int threads) {
+  using Cell = CellOf<T>;
+  if (m == 0) return;
+  if (base.template few_fits<T>(m)) return few_forward(base, x, m, z, branch, bias, y, s, threads);
+  const std::int64_t block = std::min(m, kRowBlock);
+  const bool own_input = z.data != x.data || branch.dropout.drop_below;
+  const Scratch left = cells_for<Cell>(block, base.k), low_left = cells_for<Cell>(block, branch.r);
+  const Scratch wide = floats_for(block * branch.r);
+  for (std::int64_t first = 0; first < m; first += kRowBlock) {
+    const std::int64_t count = std::min(m - first, kRowBlock);
+    low_rank_input<Cell>(z, branch, base.k, first, count, left.as<std::uint32_t>(), wide.as<float>(), s, threads);
+    const DenseRows<float> scaled{wide.as<float>(), branch.r, branch.scale};
+    pack_all<Cell>(scaled, 0, count, branch.r, low_left.as<std::uint32_t>(), threads);
+    if (own_input) pack_all<Cell>(DenseRows<T>{x.data, x.stride}, first, count, base.k, left.as<std::uint32_t>(), threads);
+    const auto finish = [&](const Tile& tile) {
+      if (bias) add_bias(tile, bias);
+      store_tile(y + first * base.n, base.n, tile);
+    };
+    product<Cell>(count, base.n, factors(low_left.as<std::uint32_t>(), branch.r, rows_as_columns<Cell>(branch.b)),
+                  factors(left.as<std::uint32_t>(), base.k, base.template weight_rows<Cell>()), nothing_between(), finish,
+                  threads);
+  }
+}
+
+template <class T>
+struct Gradients {
+  T *dx, *dz;  // or nullptr
+  bool z_is_x;
+  void *da, *db;
+};
+
+// dx and dz of the rows [first, first + count) from packed dy and packed T.
+template <class Cell, class Base, class T>
+void input_gradients(const Base& base, const Branch& branch, std::int64_t first, std::int64_t count, const std::uint32_t* dy,
+                     const std::uint32_t* t, const Gradients<T>& out, int threads) {
+  const auto drop = [&](const Tile& tile) {
+    if (branch.dropout.drop_below) drop_tile(tile, first, branch.dropout);
+  };
+  const auto store_dx = [&](const Tile& tile) { store_tile(out.dx + first * base.k, base.k, tile); };
+  const auto store_dz = [&](const Tile& tile) {
+    drop(tile);
+    store_tile(out.dz + first * base.k, base.k, tile);
+  };
+  const auto low = factors(t, branch.r, rows_as_depth<Cell>(branch.a));
+  const auto main = factors(dy, base.n, base.template weight_columns<Cell>());
+  if (out.dx && out.z_is_x) product<Cell>(count, base.k, low, main, drop, store_dx, threads);
+  if (out.dx && !out.z_is_x) product<Cell>(count, base.k, no_factors(), main, nothing_between(), store_dx, threads);
+  if (out.dz) product<Cell>(count, base.k, no_factors(), low, nothing_between(), store_dz, threads);
+}
+
+// dA = T^T D(z) from T^T (r, m) in fp32; dB^T = scale S^T dy from S (m, r). Sums run over all m rows.
+template <class Cell, class T>
+void factor_gradients(const Branch& branch, std::int64_t n, std::int64_t k, std::int64_t m, const Activations<T>& dy,
+                      const Activations<T>& z, const T* s, float* turned, const Gradients<T>& out, int threads) {
+  const Scratch memory = cells_for<Cell>(branch.r, m);
+  auto* const left = memory.as<std::uint32_t>();
+  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
+  with_type(out.da, branch.a.dtype, [&](auto* da) {
+    with_branch_input(z, branch.dropout, [&](const auto& rows) {
+      product<Cell>(
+          branch.r, k, no_factors(), factors(left, m, rows_as_depth<Cell>(rows)), nothing_between(),
+          [&](const Tile& tile) { store_tile(da, k, tile); }, threads);
+    });
+  });
+  for (std::int64_t i = 0; i < m; i++)
+    for (std::int64_t j = 0; j < branch.r; j++) turned[j * m + i] = widen(s[i * branch.r + j]);
+  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
+  with_type(out.db, branch.b.dtype, [&](auto* db) {
+    using D = std::remove_pointer_t<decltype(db)>;
+    const auto finish = [&](const Tile& tile) {
+      for (int i = 0; i < tile.rows; i++)
+        for (int j = 0; j < tile.cols; j++)
+          db[(tile.col + j) * branch.r + tile.row + i] = narrow<D>(branch.scale * tile.sums[i * tile.stride + j]);
+    };
+    const DenseRows<T> rows{dy.data, dy.stride};
+    product<Cell>(branch.r, n, no_factors(), factors(left, m, rows_as_depth<Cell>(rows)), nothing_between(), finish, threads);
+  });
+}
+
+template <class Base, class T>
+void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t m, const Activations<T>& z, const T* s,
+                       const Branch& branch, const Gradients<T>& out, int threads) {
+  using Cell = CellOf<T>;
+  const std::int64_t block = std::min(m, kRowBlock), r = branch.r;
+  const Scratch turned = floats_for(r * m);  // T^T, (r, m)
+  {
+    const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r), wide = floats_for(block * r);
+    for (std::int64_t first = 0; first < m; first += kRowBlock) {
+      const std::int64_t count = std::min(m - first, kRowBlock);
+      pack_all<Cell>(DenseRows<T>{dy.data, dy.stride}, first, count, base.n, left.as<std::uint32_t>(), threads);
+      const auto finish = [&](const Tile& tile) {
+        for (int i = 0; i < tile.rows; i++)
+          for (int j = 0; j < tile.cols; j++) {
+            const float t = branch.scale * tile.sums[i * tile.stride + j];
+            wide.as<float>()[(tile.row + i) * r + tile.col + j] = t;
+            turned.as<float>()[(tile.col + j) * m + first + tile.row + i] = t;
+          }
+      };
+      product<Cell>(count, r, no_factors(), factors(left.as<std::uint32_t>(), base.n, rows_as_depth<Cell>(branch.b)),
+                    nothing_between(), finish, threads);
+      pack_all<Cell>(DenseRows<float>{wide.as<float>(), r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
+      input_gradients<Cell>(base, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(), out, threads);
+    }
+  }
+  factor_gradients<Cell>(branch, base.n, base.k, m, dy, z, s, turned.as<float>(), out, threads);
+}
+
+}  // namespace peftk::PEFTK_TIER
