@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "cpu/few_rows_bf16.h"
+#include "cpu/matrix4.h"
 #include "cpu/parallel.h"
-#include "cpu/rows.h"
 #include "cpu/scratch.h"
 
 namespace peftk::PEFTK_TIER {

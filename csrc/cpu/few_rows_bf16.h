@@ -9,8 +9,8 @@
 #ifdef PEFTK_TIER_IS_AVX512_BF16
 #include <algorithm>
 
+#include "cpu/matrix4.h"
 #include "cpu/parallel.h"
-#include "cpu/rows.h"
 #include "cpu/scratch.h"
 
 namespace peftk::PEFTK_TIER {

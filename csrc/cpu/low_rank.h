@@ -3,7 +3,8 @@
 // no mask and no copy of D(z) is kept; what is made again is made in the packing of a panel. Knows no op. A base provides
 //   n, k                                      the shape of W
 //   weight_rows<Cell>()                       W^T: panels of rows of W, the depth is k
-//   weight_columns<Cell>()                    W: panels of columns of W, the depth is n
+//   prepare_columns(threads)                  what all panels of columns share
+//   weight_columns<Cell>(prepared)            W: panels of columns of W, the depth is n
 //   few_fits<T>(m)                            whether few_product is the way for m rows of x
 //   few_product(x, stride, m, threads, out)   out(row of W, row of x, sum) for all of them
 #pragma once
@@ -172,9 +173,9 @@ struct Gradients {
 };
 
 // dx and dz of the rows [first, first + count) from packed dy and packed T.
-template <class Cell, class Base, class T>
-void input_gradients(const Base& base, const Branch& branch, std::int64_t first, std::int64_t count, const std::uint32_t* dy,
-                     const std::uint32_t* t, const Gradients<T>& out, int threads) {
+template <class Cell, class Base, class Columns, class T>
+void input_gradients(const Base& base, const Columns& columns, const Branch& branch, std::int64_t first, std::int64_t count,
+                     const std::uint32_t* dy, const std::uint32_t* t, const Gradients<T>& out, int threads) {
   const auto drop = [&](const Tile& tile) {
     if (branch.dropout.drop_below) drop_tile(tile, first, branch.dropout);
   };
@@ -184,7 +185,7 @@ void input_gradients(const Base& base, const Branch& branch, std::int64_t first,
     store_tile(out.dz + first * base.k, base.k, tile);
   };
   const auto low = factors(t, branch.r, rows_as_depth<Cell>(branch.a));
-  const auto main = factors(dy, base.n, base.template weight_columns<Cell>());
+  const auto main = factors(dy, base.n, base.template weight_columns<Cell>(columns));
   if (out.dx && out.z_is_x) product<Cell>(count, base.k, low, main, drop, store_dx, threads);
   if (out.dx && !out.z_is_x) product<Cell>(count, base.k, no_factors(), main, nothing_between(), store_dx, threads);
   if (out.dz) product<Cell>(count, base.k, no_factors(), low, nothing_between(), store_dz, threads);
@@ -225,6 +226,7 @@ void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t 
   using Cell = CellOf<T>;
   const std::int64_t block = std::min(m, kRowBlock), r = branch.r;
   const Scratch turned = floats_for(r * m);  // T^T, (r, m)
+  const auto columns = base.prepare_columns(threads);
   {
     const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r), wide = floats_for(block * r);
     for (std::int64_t first = 0; first < m; first += kRowBlock) {
@@ -241,7 +243,8 @@ void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t 
       product<Cell>(count, r, no_factors(), factors(left.as<std::uint32_t>(), base.n, rows_as_depth<Cell>(branch.b)),
                     nothing_between(), finish, threads);
       pack_all<Cell>(DenseRows<float>{wide.as<float>(), r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
-      input_gradients<Cell>(base, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(), out, threads);
+      input_gradients<Cell>(base, columns, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(), out,
+                            threads);
     }
   }
   factor_gradients<Cell>(branch, base.n, base.k, m, dy, z, s, turned.as<float>(), out, threads);

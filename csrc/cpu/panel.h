@@ -24,37 +24,40 @@ struct Span {
   std::int64_t depth, count;
 };
 
+// One vector of a panel: rows [first, first + used) become its lanes; `line` cells from step to step.
+template <class Cell, class Rows>
+void lanes_along(const Rows& rows, std::int64_t first, int used, std::int64_t depth, std::int64_t count, std::int64_t line,
+                 std::uint32_t* out) {
+  constexpr int D = Cell::kDepth, kReach = D * kLanes;  // depth of a square
+  const std::int64_t steps = steps_of<Cell>(count), whole = used == kLanes && rows.aligned() ? count / kReach * kReach : 0;
+  U32 square[kLanes];
+  F32 wide[D];
+  for (std::int64_t d = 0; d < whole; d += kReach, out += kLanes * line) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      rows.template read_whole<D>(first + i, depth + d, wide);
+      square[i] = cell_along(Cell{}, wide);
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) store_cells(out + i * line, square[i]);
+  }
+  for (std::int64_t d = whole; d < count; d += kReach, out += kLanes * line) {
+    for (U32& row : square) row = zero_bits();
+    for (int i = 0; i < used; i++) {
+      rows.template read<D>(first + i, depth + d, static_cast<int>(std::min<std::int64_t>(count - d, kReach)), wide);
+      square[i] = cell_along(Cell{}, wide);
+    }
+    transpose(square);
+    for (int i = 0; i < kLanes && d / D + i < steps; i++) store_cells(out + i * line, square[i]);
+  }
+}
+
 template <class Cell, class Rows>
 void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
-  constexpr int D = Cell::kDepth, kReach = D * kLanes;  // depth of a square
-  const std::int64_t steps = steps_of<Cell>(span.count), line = span.vectors * kLanes;
-  for (int v = 0; v < span.vectors; v++) {
-    const int used = lanes_left(span.cols, v);
-    const std::int64_t first = span.col + v * kLanes;
-    const std::int64_t whole = used == kLanes && rows.aligned() ? span.count / kReach * kReach : 0;
-    std::uint32_t* out = panel + v * kLanes;
-    U32 square[kLanes];
-    F32 wide[D];
-    for (std::int64_t d = 0; d < whole; d += kReach, out += kLanes * line) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) {
-        rows.template read_whole<D>(first + i, span.depth + d, wide);
-        square[i] = cell_along(Cell{}, wide);
-      }
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) store_cells(out + i * line, square[i]);
-    }
-    for (std::int64_t d = whole; d < span.count; d += kReach, out += kLanes * line) {
-      for (U32& row : square) row = zero_bits();
-      for (int i = 0; i < used; i++) {
-        rows.template read<D>(first + i, span.depth + d, static_cast<int>(std::min<std::int64_t>(span.count - d, kReach)), wide);
-        square[i] = cell_along(Cell{}, wide);
-      }
-      transpose(square);
-      for (int i = 0; i < kLanes && d / D + i < steps; i++) store_cells(out + i * line, square[i]);
-    }
-  }
+  for (int v = 0; v < span.vectors; v++)
+    lanes_along<Cell>(rows, span.col + v * kLanes, lanes_left(span.cols, v), span.depth, span.count, span.vectors * kLanes,
+                      panel + v * kLanes);
 }
 
 template <class Cell, int V, class Rows>

@@ -1,32 +1,142 @@
 // Right sides of products (product.h) from a 4-bit weight. Knows no op.
-//   weight_rows<Cell>(w)      W^T: panels of rows of W, the depth is k
-//   weight_columns<Cell>(w)   W: panels of columns of W, the depth is n
+//   weight_rows<Cell>(w)                  W^T: panels of rows of W, the depth is k
+//   weight_columns<Cell>(w, constants)    W: panels of columns of W, the depth is n
+// A dword of a row holds 8 neighbours along k, element e at bit 4 * (e ^ 1).
 #pragma once
+#include "cpu/matrix4.h"
 #include "cpu/panel.h"
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
 namespace peftk::PEFTK_TIER {
 
-// A strip of rows has its constants in one run, so they are decoded beforehand, once.
+inline constexpr int kDwordCodes = 8;
+
+template <int Element>
+F32 element_of(const Table16& table, U32 dwords, F32 scale) {
+  return lookup(table, shift_right(dwords, 4 * (Element ^ 1))) * scale;
+}
+template <int First>
+U32 cell_of(FloatCell, const Table16& table, U32 dwords, F32 scale) {
+  return as_cells(element_of<First>(table, dwords, scale));
+}
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+template <int First>
+U32 cell_of(PairCell, const Table16& table, U32 dwords, F32 scale) {
+  return pair_lanes(element_of<First>(table, dwords, scale), element_of<First + 1>(table, dwords, scale));
+}
+#endif
+
+// The cells of 8 neighbours along k in each lane, step after step.
+template <class Cell, int First = 0>
+void store_codes(const Table16& table, U32 dwords, F32 scale, std::int64_t line, std::uint32_t* out) {
+  store_cells(out, cell_of<First>(Cell{}, table, dwords, scale));
+  if constexpr (First + Cell::kDepth < kDwordCodes)
+    store_codes<Cell, First + Cell::kDepth>(table, dwords, scale, line, out + line);
+}
+
+// kLanes whole rows of W in runs, turned as packed dwords: a square of 32-bit moves serves 8 times as many weights as one of
+// decoded numbers. constants [run][kLanes].
 template <class Cell>
-auto weight_rows(const Matrix4& w) {
-  return [&w](const Span& span, std::uint32_t* panel) {
-    if (!w.absmax.scales) {
-      panel_along<Cell>(Rows4<const float*>(w, static_cast<const float*>(w.absmax.values)), span, panel);
-      return;
+void strip_along(const Matrix4& w, const float* constants, std::int64_t first_row, std::int64_t depth, std::int64_t count,
+                 std::int64_t line, std::uint32_t* out) {
+  constexpr std::int64_t kReach = kDwordCodes * kLanes, kDwordsOfRun = kRun / kDwordCodes;
+  const Table16 table = load_table16(w.values);
+  for (std::int64_t d = 0; d < count; d += kReach) {
+    const int dwords = static_cast<int>(std::min(count - d, kReach) / kDwordCodes);
+    const std::uint8_t* p = w.packed + (first_row * w.k + depth + d) / 2;
+    U32 square[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      square[i] = load_cells(p + i * w.k / 2, dwords);
+      __builtin_prefetch(p + i * w.k / 2 + kReach);
     }
-    const std::int64_t first = w.blocks_before(span.col), last = w.blocks_until(span.col + span.cols);
-    const Scratch constants(sizeof(float) * static_cast<std::size_t>(last - first));
-    decode_constants(w.absmax, first, last, constants.as<float>());
-    panel_along<Cell>(Rows4<const float*>(w, constants.as<float>() - first), span, panel);
-  };
+    transpose(square);
+    for (int j = 0; j < dwords; j++, out += kDwordCodes / Cell::kDepth * line)
+      store_codes<Cell>(table, square[j], load(constants + ((depth + d) / kRun + j / kDwordsOfRun) * kLanes), line, out);
+  }
 }
 
 template <class Cell>
-auto weight_columns(const Matrix4& w) {
+auto weight_rows(const Matrix4& w) {
   return [&w](const Span& span, std::uint32_t* panel) {
-    with_vectors(span.vectors,
-                 [&](auto vectors) { panel_across<Cell, decltype(vectors)::value>(Rows4<Absmax>(w, w.absmax), span, panel); });
+    const std::int64_t line = span.vectors * kLanes;
+    for (int v = 0; v < span.vectors; v++, panel += kLanes) {
+      const std::int64_t first_row = span.col + v * kLanes;
+      const int used = lanes_left(span.cols, v);
+      if (used == kLanes && in_runs(w)) {
+        const Scratch constants(sizeof(float) * static_cast<std::size_t>(w.k / kRun * kLanes));
+        turn_constants(w, first_row, constants.as<float>(), kLanes);
+        strip_along<Cell>(w, constants.as<float>(), first_row, span.depth, span.count, line, panel);
+      } else {
+        const std::int64_t first = w.blocks_before(first_row), last = w.blocks_until(first_row + used);
+        const Scratch constants(sizeof(float) * static_cast<std::size_t>(last - first));
+        decode_constants(w.absmax, first, last, constants.as<float>());
+        lanes_along<Cell>(Rows4<const float*>(w, constants.as<float>() - first), first_row, used, span.depth, span.count, line,
+                          panel);
+      }
+    }
+  };
+}
+
+// The constants of all of W as [run][row], decoded once for all panels of columns; nothing where W isn't in runs.
+class ColumnConstants {
+ public:
+  ColumnConstants(const Matrix4& w, int threads)
+      : rows_(in_runs(w) ? (w.rows + kLanes - 1) / kLanes * kLanes : 0),
+        memory_(sizeof(float) * static_cast<std::size_t>(w.k / kRun * rows_)) {
+    parallel_for(rows_ / kLanes, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t strip = begin; strip < end; strip++)
+        turn_constants(w, strip * kLanes, memory_.as<float>() + strip * kLanes, rows_);
+    });
+  }
+  bool empty() const { return rows_ == 0; }
+  const float* of_column(std::int64_t col) const { return memory_.as<float>() + col / kRun * rows_; }  // by row
+
+ private:
+  std::int64_t rows_;
+  Scratch memory_;
+};
+
+inline constexpr std::int64_t kRowsAhead = 16;  // a panel takes 24 bytes of each row of 2 KB: no hardware prefetcher sees that
+
+template <class Cell, int V>
+void strip_across(const Matrix4& w, const ColumnConstants& constants, const Span& span, std::uint32_t* panel) {
+  constexpr int D = Cell::kDepth;
+  const Table16 table = load_table16(w.values);
+  const float* scale[V];
+  for (int v = 0; v < V; v++) scale[v] = constants.of_column(span.col + v * kLanes) + span.depth;
+  const std::uint8_t* p = w.packed + (span.depth * w.k + span.col) / 2;
+  F32 wide[D * V];
+  const auto decode = [&](std::int64_t d, int i) {
+    __builtin_prefetch(p + kRowsAhead * w.k / 2);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; v++) wide[i * V + v] = lookup(table, nibbles(p + v * kLanes / 2)) * broadcast(scale[v][d + i]);
+    p += w.k / 2;
+  };
+  const std::int64_t whole = span.count / D * D;
+  for (std::int64_t d = 0; d < whole; d += D, panel += V * kLanes) {
+#pragma GCC unroll 2
+    for (int i = 0; i < D; i++) decode(d, i);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; v++) store_cells(panel + v * kLanes, cell_across(Cell{}, wide + v, V));
+  }
+  if (whole == span.count) return;
+  for (F32& v : wide) v = broadcast(0.0f);
+  for (int i = 0; whole + i < span.count; i++) decode(whole, i);
+  for (int v = 0; v < V; v++) store_cells(panel + v * kLanes, cell_across(Cell{}, wide + v, V));
+}
+
+template <class Cell>
+auto weight_columns(const Matrix4& w, const ColumnConstants& constants) {
+  return [&w, &constants](const Span& span, std::uint32_t* panel) {
+    with_vectors(span.vectors, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      if (constants.empty())
+        panel_across<Cell, V>(Rows4<Absmax>(w, w.absmax), span, panel);
+      else
+        strip_across<Cell, V>(w, constants, span, panel);
+    });
   };
 }
 

@@ -74,14 +74,15 @@ void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int
   });
 }
 
-// The depth cut into equal chunks of kPanelSteps steps at most; each starts at a whole vector, as read_whole wants it.
+// The depth cut into equal chunks of kPanelSteps steps at most; each starts at a multiple of 64 steps, as read_whole and runs of
+// 64 weights want it.
 template <class Cell>
 struct Chunks {
   std::int64_t count, steps;
   explicit Chunks(std::int64_t depth) {
     const std::int64_t all = steps_of<Cell>(depth);
     count = all > kPanelSteps ? (all + kPanelSteps - 1) / kPanelSteps : 1;
-    steps = ((all + count - 1) / count + kLanes - 1) / kLanes * kLanes;
+    steps = ((all + count - 1) / count + 63) / 64 * 64;
   }
 };
 

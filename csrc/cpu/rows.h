@@ -5,13 +5,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "cpu/philox.h"
 #include "cpu/simd.h"
-#include "format/absmax.h"
-#include "format/nf4.h"
 
 namespace peftk::PEFTK_TIER {
 
@@ -89,73 +85,6 @@ struct DroppedRows {
     rows.template read<N>(row, position, count, v);
     dropout.mask(row, position, factor);
     for (int j = 0; j < N; j++) v[j] = v[j] * load(factor + j * kLanes);
-  }
-};
-
-// A matrix in 4 bits: (rows, k) codes in flat order, blocks of a power of two of elements that may straddle rows.
-struct Matrix4 {
-  const std::uint8_t* packed;
-  Absmax absmax;
-  std::int64_t rows, k;
-  int block_shift;      // log2(elements a block)
-  const float* values;  // 16, by code
-
-  std::int64_t blocks_before(std::int64_t row) const { return (row * k) >> block_shift; }
-  std::int64_t blocks_until(std::int64_t row) const { return (row * k + (std::int64_t{1} << block_shift) - 1) >> block_shift; }
-};
-
-inline Matrix4 make_matrix4(const std::uint8_t* packed, const void* absmax, const float* absmax_scale, const float* absmax_offset,
-                            std::int64_t rows, std::int64_t k, std::int64_t block_size, int quant_type) {
-  if (block_size < kLanes || (block_size & (block_size - 1)))
-    throw std::invalid_argument("block_size: expected a power of two from 16 on, got " + std::to_string(block_size));
-  const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
-  return {packed, make_absmax(absmax, absmax_scale, absmax_offset), rows, k, shift, code4(quant_type).value};
-}
-
-// fp32 constants of the blocks [first, last). One by one: a gather of 16 costs more than 16 loads on Zen 4.
-inline void decode_constants(const Absmax& absmax, std::int64_t first, std::int64_t last, float* out) {
-  for (std::int64_t block = first; block < last; block++) out[block - first] = absmax[block];
-}
-
-// `Constants`: Absmax itself, or a pointer p to decoded ones with p[block] valid where it is read.
-template <class Constants>
-struct Rows4 {
-  const Matrix4& matrix;
-  Constants constants;
-  Table16 table;
-
-  Rows4(const Matrix4& m, Constants c) : matrix(m), constants(c), table(load_table16(m.values)) {}
-
-  // Vectors that start at a multiple of their length lie in one block and in whole bytes.
-  bool aligned() const { return matrix.k % kLanes == 0; }
-  template <int N>
-  void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
-    const std::int64_t flat = row * matrix.k + position;
-    for (int j = 0; j < N; j++) v[j] = whole(flat + j * kLanes);
-  }
-  template <int N>
-  void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
-    const std::int64_t flat = row * matrix.k + position;
-    const bool whole_bytes = flat % kLanes == 0;
-    for (int j = 0; j < N; j++) {
-      const int here = lanes_left(count, j);
-      v[j] = whole_bytes && here == kLanes ? whole(flat + j * kLanes) : few(flat + j * kLanes, here);
-    }
-  }
-
-  F32 whole(std::int64_t flat) const {
-    return lookup(table, nibbles(matrix.packed + flat / 2)) * broadcast(constants[flat >> matrix.block_shift]);
-  }
-
-  // Any start, any count up to kLanes: elements before `flat` that share its byte, or a block's end inside, are minded.
-  F32 few(std::int64_t flat, int count) const {
-    float out[kLanes] = {};
-    for (int i = 0; i < count; i++) {
-      const std::int64_t at = flat + i;
-      const int byte = matrix.packed[at / 2];
-      out[i] = matrix.values[at & 1 ? byte & 15 : byte >> 4] * constants[at >> matrix.block_shift];
-    }
-    return load(out);
   }
 };
 

@@ -7,7 +7,9 @@
 //   Table16 / lookup               16 fp32 by the low four bits of each lane
 //   rank16                         number of a Thresholds16's 15 ascending thresholds that are strictly below x; 0 for NaN
 //   rank256                        the same for 255 thresholds in memory
+//   lookup256                      the same for 256 fp32 by kLanes bytes
 //   nibbles, pack_nibbles          kLanes/2 bytes <-> kLanes codes; even elements in the high nibble
+//   shift_right(U32, bits)         of each lane
 #pragma once
 #include <cmath>
 #include <cstdint>

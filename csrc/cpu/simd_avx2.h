@@ -117,5 +117,6 @@ inline void store_bytes(std::uint8_t* out, U32 x) {
 inline F32 lookup256(const float* table, const std::uint8_t* index) {
   return {_mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index)), 4)};
 }
+inline U32 shift_right(U32 x, int bits) { return {_mm256_srli_epi32(x.v, bits)}; }
 
 }  // namespace peftk::PEFTK_TIER

@@ -152,5 +152,9 @@ inline F32 lookup256(const float* table, const std::uint8_t* index) {
   for (int i = 0; i < kLanes; i++) v.lane[i] = table[index[i]];
   return v;
 }
+inline U32 shift_right(U32 x, int bits) {
+  for (std::uint32_t& lane : x.lane) lane >>= bits;
+  return x;
+}
 
 }  // namespace peftk::PEFTK_TIER

@@ -7,6 +7,11 @@ namespace peftk::PEFTK_TIER {
 inline constexpr int kTileRows = 6, kTileVectors = 2;  // 12 sums + 2 of the panel + 1 broadcast of 16 registers
 
 inline U32 load_cells(const std::uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+inline U32 load_cells(const void* p, int count) {
+  std::uint32_t few[kLanes] = {};
+  std::memcpy(few, p, sizeof(std::uint32_t) * static_cast<std::size_t>(count));
+  return load_cells(few);
+}
 inline void store_cells(std::uint32_t* p, U32 x) { _mm256_storeu_si256((__m256i*)p, x.v); }
 inline U32 as_cells(F32 x) { return {_mm256_castps_si256(x.v)}; }
 

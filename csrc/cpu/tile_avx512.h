@@ -9,6 +9,9 @@ namespace peftk::PEFTK_TIER {
 inline constexpr int kTileRows = 8, kTileVectors = 3;
 
 inline U32 load_cells(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline U32 load_cells(const void* p, int count) {
+  return {_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p)};
+}
 inline void store_cells(std::uint32_t* p, U32 x) { _mm512_storeu_si512(p, x.v); }
 inline U32 as_cells(F32 x) { return {_mm512_castps_si512(x.v)}; }
 

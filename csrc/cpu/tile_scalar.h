@@ -11,6 +11,11 @@ inline U32 load_cells(const std::uint32_t* p) {
   std::memcpy(x.lane, p, sizeof x.lane);
   return x;
 }
+inline U32 load_cells(const void* p, int count) {
+  U32 x{};
+  std::memcpy(x.lane, p, sizeof(std::uint32_t) * static_cast<std::size_t>(count));
+  return x;
+}
 inline void store_cells(std::uint32_t* p, U32 x) { std::memcpy(p, x.lane, sizeof x.lane); }
 inline U32 as_cells(F32 x) {
   U32 bits;

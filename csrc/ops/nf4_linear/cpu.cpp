@@ -38,11 +38,13 @@ void backward(const Matrix4& w, const T* dy, std::int64_t stride, std::int64_t m
   using Cell = CellOf<T>;
   const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(std::min(m, kRowBlock), w.rows)));
   auto* const left = packed.as<std::uint32_t>();
+  const ColumnConstants constants(w, threads);
   for (std::int64_t first = 0; first < m; first += kRowBlock) {
     const std::int64_t count = std::min(m - first, kRowBlock);
     pack_all<Cell>(DenseRows<T>{dy, stride}, first, count, w.rows, left, threads);
     const auto finish = [&](const Tile& tile) { store_tile(dx + first * w.k, w.k, tile); };
-    product<Cell>(count, w.k, no_factors(), factors(left, w.rows, weight_columns<Cell>(w)), nothing_between(), finish, threads);
+    product<Cell>(count, w.k, no_factors(), factors(left, w.rows, weight_columns<Cell>(w, constants)), nothing_between(), finish,
+                  threads);
   }
 }
 

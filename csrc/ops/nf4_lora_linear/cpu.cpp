@@ -17,9 +17,10 @@ struct Base4 {
     return PEFTK_TIER::weight_rows<Cell>(w);
   }
   template <class Cell>
-  auto weight_columns() const {
-    return PEFTK_TIER::weight_columns<Cell>(w);
+  auto weight_columns(const ColumnConstants& constants) const {
+    return PEFTK_TIER::weight_columns<Cell>(w, constants);
   }
+  ColumnConstants prepare_columns(int threads) const { return {w, threads}; }
   template <class T>
   bool few_fits(std::int64_t m) const {
     return m <= kFewRows;

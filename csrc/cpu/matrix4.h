@@ -1,0 +1,121 @@
+// A matrix in 4 bits, its constants, and its elements as rows (rows.h). Knows no op.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+#include "cpu/tile.h"
+#include "format/absmax.h"
+#include "format/nf4.h"
+
+namespace peftk::PEFTK_TIER {
+
+// (rows, k) codes in flat order, blocks of a power of two of elements that may straddle rows.
+struct Matrix4 {
+  const std::uint8_t* packed;
+  Absmax absmax;
+  std::int64_t rows, k;
+  int block_shift;      // log2(elements a block)
+  const float* values;  // 16, by code
+
+  std::int64_t blocks_before(std::int64_t row) const { return (row * k) >> block_shift; }
+  std::int64_t blocks_until(std::int64_t row) const { return (row * k + (std::int64_t{1} << block_shift) - 1) >> block_shift; }
+};
+
+inline Matrix4 make_matrix4(const std::uint8_t* packed, const void* absmax, const float* absmax_scale, const float* absmax_offset,
+                            std::int64_t rows, std::int64_t k, std::int64_t block_size, int quant_type) {
+  if (block_size < kLanes || (block_size & (block_size - 1)))
+    throw std::invalid_argument("block_size: expected a power of two from 16 on, got " + std::to_string(block_size));
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
+  return {packed, make_absmax(absmax, absmax_scale, absmax_offset), rows, k, shift, code4(quant_type).value};
+}
+
+// fp32 constants of the blocks [first, last).
+inline void decode_constants(const Absmax& absmax, std::int64_t first, std::int64_t last, float* out) {
+  if (!absmax.scales) {
+    std::memcpy(out, static_cast<const float*>(absmax.values) + first, sizeof(float) * static_cast<std::size_t>(last - first));
+    return;
+  }
+  static_assert(kNestedBlock % kLanes == 0);
+  const auto* codes = static_cast<const std::uint8_t*>(absmax.values);
+  std::int64_t block = first;
+  for (; block < last && block % kLanes; block++) out[block - first] = absmax[block];
+  for (; block + kLanes <= last; block += kLanes)
+    store(out + block - first,
+          lookup256(absmax.code, codes + block) * broadcast(absmax.scales[block / kNestedBlock]) + broadcast(absmax.offset));
+  for (; block < last; block++) out[block - first] = absmax[block];
+}
+
+// Whether a lane may be a row: rows start on a multiple of 64 elements, and each 64 of a row share a constant.
+inline constexpr std::int64_t kRun = 64;
+inline bool in_runs(const Matrix4& w) { return w.k % kRun == 0 && (std::int64_t{1} << w.block_shift) >= kRun; }
+
+// Constants of kLanes rows (the last row again where none is left), turned: out[run * stride + i] belongs to row first_row + i.
+inline void turn_constants(const Matrix4& w, std::int64_t first_row, float* out, std::int64_t stride) {
+  const std::int64_t runs = w.k / kRun, first = w.blocks_before(first_row);
+  const std::int64_t rows = std::min<std::int64_t>(kLanes, w.rows - first_row), last = w.blocks_until(first_row + rows);
+  const Scratch memory(sizeof(float) * static_cast<std::size_t>(last - first));
+  float* const decoded = memory.as<float>();
+  decode_constants(w.absmax, first, last, decoded);
+  std::int64_t run = 0;
+  if (w.block_shift == 6 && rows == kLanes)
+    for (; run + kLanes <= runs; run += kLanes) {
+      U32 square[kLanes];
+      for (int i = 0; i < kLanes; i++) square[i] = as_cells(load(decoded + i * runs + run));
+      transpose(square);
+      for (int i = 0; i < kLanes; i++) store_cells(reinterpret_cast<std::uint32_t*>(out + (run + i) * stride), square[i]);
+    }
+  for (; run < runs; run++)
+    for (int i = 0; i < kLanes; i++) {
+      const std::int64_t row = first_row + std::min<std::int64_t>(i, rows - 1);
+      out[run * stride + i] = decoded[((row * w.k + run * kRun) >> w.block_shift) - first];
+    }
+}
+
+// `Constants`: Absmax itself, or a pointer p to decoded ones with p[block] valid where it is read.
+template <class Constants>
+struct Rows4 {
+  const Matrix4& matrix;
+  Constants constants;
+  Table16 table;
+
+  Rows4(const Matrix4& m, Constants c) : matrix(m), constants(c), table(load_table16(m.values)) {}
+
+  // Vectors that start at a multiple of their length lie in one block and in whole bytes.
+  bool aligned() const { return matrix.k % kLanes == 0; }
+  template <int N>
+  void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
+    const std::int64_t flat = row * matrix.k + position;
+    for (int j = 0; j < N; j++) v[j] = whole(flat + j * kLanes);
+  }
+  template <int N>
+  void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
+    const std::int64_t flat = row * matrix.k + position;
+    const bool whole_bytes = flat % kLanes == 0;
+    for (int j = 0; j < N; j++) {
+      const int here = lanes_left(count, j);
+      v[j] = whole_bytes && here == kLanes ? whole(flat + j * kLanes) : few(flat + j * kLanes, here);
+    }
+  }
+
+  F32 whole(std::int64_t flat) const {
+    return lookup(table, nibbles(matrix.packed + flat / 2)) * broadcast(constants[flat >> matrix.block_shift]);
+  }
+
+  // Any start, any count up to kLanes: elements before `flat` that share its byte, or a block's end inside, are minded.
+  F32 few(std::int64_t flat, int count) const {
+    float out[kLanes] = {};
+    for (int i = 0; i < count; i++) {
+      const std::int64_t at = flat + i;
+      const int byte = matrix.packed[at / 2];
+      out[i] = matrix.values[at & 1 ? byte & 15 : byte >> 4] * constants[at >> matrix.block_shift];
+    }
+    return load(out);
+  }
+};
+
+}  // namespace peftk::PEFTK_TIER
