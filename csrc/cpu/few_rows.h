@@ -3,10 +3,10 @@
 #pragma once
 #include <algorithm>
 
-#include "cpu/few_rows_bf16.h"
 #include "cpu/matrix4.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/strips_bf16.h"
 
 namespace peftk::PEFTK_TIER {
 

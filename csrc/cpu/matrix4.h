@@ -7,7 +7,6 @@
 #include <string>
 
 #include "cpu/rows.h"
-#include "cpu/scratch.h"
 #include "cpu/tile.h"
 #include "format/absmax.h"
 #include "format/nf4.h"
@@ -54,26 +53,33 @@ inline void decode_constants(const Absmax& absmax, std::int64_t first, std::int6
 inline constexpr std::int64_t kRun = 64;
 inline bool in_runs(const Matrix4& w) { return w.k % kRun == 0 && (std::int64_t{1} << w.block_shift) >= kRun; }
 
-// Constants of kLanes rows (the last row again where none is left), turned: out[run * stride + i] belongs to row first_row + i.
-inline void turn_constants(const Matrix4& w, std::int64_t first_row, float* out, std::int64_t stride) {
-  const std::int64_t runs = w.k / kRun, first = w.blocks_before(first_row);
-  const std::int64_t rows = std::min<std::int64_t>(kLanes, w.rows - first_row), last = w.blocks_until(first_row + rows);
-  const Scratch memory(sizeof(float) * static_cast<std::size_t>(last - first));
-  float* const decoded = memory.as<float>();
-  decode_constants(w.absmax, first, last, decoded);
-  std::int64_t run = 0;
-  if (w.block_shift == 6 && rows == kLanes)
+// Constants of the runs [first, last) of a row.
+inline void run_constants(const Matrix4& w, std::int64_t row, std::int64_t first, std::int64_t last, float* out) {
+  const std::int64_t flat = row * w.k + first * kRun;
+  if (w.block_shift == 6) return decode_constants(w.absmax, flat / kRun, flat / kRun + last - first, out);
+  for (std::int64_t run = 0; run < last - first; run++) out[run] = w.absmax[(flat + run * kRun) >> w.block_shift];
+}
+
+// Constants of the runs [first_run, last_run) of kLanes rows (the last row again where none is left), turned:
+// out[(run - first_run) * stride + i] belongs to row first_row + i.
+inline void turn_constants(const Matrix4& w, std::int64_t first_row, std::int64_t first_run, std::int64_t last_run, float* out,
+                           std::int64_t stride) {
+  constexpr std::int64_t kAtOnce = 4 * kLanes;
+  float decoded[kLanes][kAtOnce];
+  for (std::int64_t start = first_run; start < last_run; start += kAtOnce) {
+    const std::int64_t runs = std::min(kAtOnce, last_run - start);
+    for (int i = 0; i < kLanes; i++) run_constants(w, std::min(first_row + i, w.rows - 1), start, start + runs, decoded[i]);
+    std::int64_t run = 0;
     for (; run + kLanes <= runs; run += kLanes) {
       U32 square[kLanes];
-      for (int i = 0; i < kLanes; i++) square[i] = as_cells(load(decoded + i * runs + run));
+      for (int i = 0; i < kLanes; i++) square[i] = as_cells(load(decoded[i] + run));
       transpose(square);
-      for (int i = 0; i < kLanes; i++) store_cells(reinterpret_cast<std::uint32_t*>(out + (run + i) * stride), square[i]);
+      for (int i = 0; i < kLanes; i++)
+        store_cells(reinterpret_cast<std::uint32_t*>(out + (start - first_run + run + i) * stride), square[i]);
     }
-  for (; run < runs; run++)
-    for (int i = 0; i < kLanes; i++) {
-      const std::int64_t row = first_row + std::min<std::int64_t>(i, rows - 1);
-      out[run * stride + i] = decoded[((row * w.k + run * kRun) >> w.block_shift) - first];
-    }
+    for (; run < runs; run++)
+      for (int i = 0; i < kLanes; i++) out[(start - first_run + run) * stride + i] = decoded[i][run];
+  }
 }
 
 // `Constants`: Absmax itself, or a pointer p to decoded ones with p[block] valid where it is read.

@@ -36,7 +36,7 @@ void store_codes(const Table16& table, U32 dwords, F32 scale, std::int64_t line,
 }
 
 // kLanes whole rows of W in runs, turned as packed dwords: a square of 32-bit moves serves 8 times as many weights as one of
-// decoded numbers. constants [run][kLanes].
+// decoded numbers. constants [run][kLanes], from the run at `depth` on.
 template <class Cell>
 void strip_along(const Matrix4& w, const float* constants, std::int64_t first_row, std::int64_t depth, std::int64_t count,
                  std::int64_t line, std::uint32_t* out) {
@@ -53,7 +53,7 @@ void strip_along(const Matrix4& w, const float* constants, std::int64_t first_ro
     }
     transpose(square);
     for (int j = 0; j < dwords; j++, out += kDwordCodes / Cell::kDepth * line)
-      store_codes<Cell>(table, square[j], load(constants + ((depth + d) / kRun + j / kDwordsOfRun) * kLanes), line, out);
+      store_codes<Cell>(table, square[j], load(constants + (d / kRun + j / kDwordsOfRun) * kLanes), line, out);
   }
 }
 
@@ -65,8 +65,9 @@ auto weight_rows(const Matrix4& w) {
       const std::int64_t first_row = span.col + v * kLanes;
       const int used = lanes_left(span.cols, v);
       if (used == kLanes && in_runs(w)) {
-        const Scratch constants(sizeof(float) * static_cast<std::size_t>(w.k / kRun * kLanes));
-        turn_constants(w, first_row, constants.as<float>(), kLanes);
+        const std::int64_t first = span.depth / kRun, last = (span.depth + span.count) / kRun;
+        const Scratch constants(sizeof(float) * static_cast<std::size_t>((last - first) * kLanes));
+        turn_constants(w, first_row, first, last, constants.as<float>(), kLanes);
         strip_along<Cell>(w, constants.as<float>(), first_row, span.depth, span.count, line, panel);
       } else {
         const std::int64_t first = w.blocks_before(first_row), last = w.blocks_until(first_row + used);
@@ -87,7 +88,7 @@ class ColumnConstants {
         memory_(sizeof(float) * static_cast<std::size_t>(w.k / kRun * rows_)) {
     parallel_for(rows_ / kLanes, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t strip = begin; strip < end; strip++)
-        turn_constants(w, strip * kLanes, memory_.as<float>() + strip * kLanes, rows_);
+        turn_constants(w, strip * kLanes, 0, w.k / kRun, memory_.as<float>() + strip * kLanes, rows_);
     });
   }
   bool empty() const { return rows_ == 0; }
@@ -128,16 +129,29 @@ void strip_across(const Matrix4& w, const ColumnConstants& constants, const Span
 }
 
 template <class Cell>
-auto weight_columns(const Matrix4& w, const ColumnConstants& constants) {
-  return [&w, &constants](const Span& span, std::uint32_t* panel) {
+class WeightColumns {
+ public:
+  static constexpr std::int64_t kTogether = 4;  // a panel takes 24 bytes of each row of W
+
+  WeightColumns(const Matrix4& w, const ColumnConstants& constants) : w_(w), constants_(constants) {}
+
+  void operator()(const Span& span, std::uint32_t* panel) const {
     with_vectors(span.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      if (constants.empty())
-        panel_across<Cell, V>(Rows4<Absmax>(w, w.absmax), span, panel);
+      if (constants_.empty())
+        panel_across<Cell, V>(Rows4<Absmax>(w_, w_.absmax), span, panel);
       else
-        strip_across<Cell, V>(w, constants, span, panel);
+        strip_across<Cell, V>(w_, constants_, span, panel);
     });
-  };
+  }
+
+ private:
+  const Matrix4& w_;
+  const ColumnConstants& constants_;
+};
+template <class Cell>
+WeightColumns<Cell> weight_columns(const Matrix4& w, const ColumnConstants& constants) {
+  return {w, constants};
 }
 
 // The same two from any other rows.

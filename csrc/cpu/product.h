@@ -14,8 +14,16 @@
 
 namespace peftk::PEFTK_TIER {
 
-// Steps of a panel made at once: kTileCols * 4 bytes each, 480 KB on AVX-512, half of a 1 MB second-level cache.
+// Steps of panels made at once: kTileCols * 4 bytes each, 480 KB on AVX-512, half of a 1 MB second-level cache.
 inline constexpr std::int64_t kPanelSteps = 2560;
+
+// Panels made and used together where their bytes are neighbours in a cache line (Panel::kTogether); else one. With four, a
+// chunk of the depth is a quarter as long: dx gains 1 %, y would lose as much.
+template <class Panel>
+constexpr auto panels_together(const Panel*) -> decltype(Panel::kTogether) {
+  return Panel::kTogether;
+}
+constexpr std::int64_t panels_together(const void*) { return 1; }
 
 // Rows of the left side packed at once: 4 MB at a depth of 4096 in bf16. The right side is decoded once for each block of rows,
 // 2 % of a block's time.
@@ -74,14 +82,14 @@ void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int
   });
 }
 
-// The depth cut into equal chunks of kPanelSteps steps at most; each starts at a multiple of 64 steps, as read_whole and runs of
+// The depth cut into equal chunks of `most` steps at most; each starts at a multiple of 64 steps, as read_whole and runs of
 // 64 weights want it.
 template <class Cell>
 struct Chunks {
   std::int64_t count, steps;
-  explicit Chunks(std::int64_t depth) {
+  Chunks(std::int64_t depth, std::int64_t most) {
     const std::int64_t all = steps_of<Cell>(depth);
-    count = all > kPanelSteps ? (all + kPanelSteps - 1) / kPanelSteps : 1;
+    count = all > most ? (all + most - 1) / most : 1;
     steps = ((all + count - 1) / count + 63) / 64 * 64;
   }
 };
@@ -90,7 +98,13 @@ template <class Cell, class Low, class Main, class Between, class Finish>
 class Product {
  public:
   Product(std::int64_t m, std::int64_t cols, const Low& low, const Main& main, const Between& between, const Finish& finish)
-      : m_(m), cols_(cols), low_(low), main_(main), between_(between), finish_(finish), chunks_(main.depth) {}
+      : m_(m),
+        cols_(cols),
+        low_(low),
+        main_(main),
+        between_(between),
+        finish_(finish),
+        chunks_(main.depth, kPanelSteps / kUnitPanels) {}
 
   void run(int threads) const {
     const std::int64_t panels = (cols_ + kTileCols - 1) / kTileCols, groups = groups_of(m_);
@@ -98,54 +112,78 @@ class Product {
     // Few columns: the rows are split too, and each part makes the panel for itself.
     std::int64_t parts = threads / panels < 1 ? 1 : threads / panels;
     parts = parts < groups ? parts : groups;
-    const std::int64_t slab = slab_cells(groups);
     const int team = static_cast<int>(threads < panels * parts ? threads : panels * parts);
+    const std::int64_t slab = slab_cells(groups);
     const Scratch memory(sizeof(std::uint32_t) * static_cast<std::size_t>(slab * team));
     parallel_for_threads(panels * parts, team, [&](std::int64_t begin, std::int64_t end, int thread) {
-      for (std::int64_t unit = begin; unit < end; unit++) {
-        const std::int64_t part = unit % parts;
-        one_panel(unit / parts * kTileCols, groups * part / parts, groups * (part + 1) / parts,
-                  memory.as<std::uint32_t>() + slab * thread);
+      std::uint32_t* const own = memory.as<std::uint32_t>() + slab * thread;
+      if (parts > 1) {
+        for (std::int64_t unit = begin; unit < end; unit++) {
+          const std::int64_t part = unit % parts;
+          one_unit(unit / parts, unit / parts + 1, groups * part / parts, groups * (part + 1) / parts, own);
+        }
+      } else {
+        for (; begin < end; begin += kUnitPanels) one_unit(begin, std::min(begin + kUnitPanels, end), 0, groups, own);
       }
     });
   }
 
  private:
+  static constexpr std::int64_t kUnitPanels = panels_together(static_cast<const decltype(Main::panel)*>(nullptr));
+
+  std::int64_t low_steps() const { return steps_of<Cell>(low_.depth); }
   std::int64_t slab_cells(std::int64_t groups) const {
-    const std::int64_t partial = chunks_.count > 1 ? groups * kTileSums : kTileSums;
-    return (steps_of<Cell>(low_.depth) + chunks_.steps) * kTileCols + partial;
+    return kUnitPanels * ((low_steps() + chunks_.steps) * kTileCols + groups * kTileSums);
   }
 
-  void one_panel(std::int64_t col, std::int64_t first_group, std::int64_t last_group, std::uint32_t* slab) const {
-    const int cols = static_cast<int>(cols_ - col < kTileCols ? cols_ - col : kTileCols);
-    with_vectors((cols + kLanes - 1) / kLanes, [&](auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      const std::int64_t low_steps = steps_of<Cell>(low_.depth), main_steps = steps_of<Cell>(main_.depth);
-      std::uint32_t* const low_panel = slab;
-      std::uint32_t* const main_panel = low_panel + low_steps * kTileCols;
-      float* const sums = reinterpret_cast<float*>(main_panel + chunks_.steps * kTileCols);
-      if (low_.depth) low_.panel(Span{col, cols, V, 0, low_.depth}, low_panel);
-      for (std::int64_t chunk = 0; chunk < chunks_.count; chunk++) {
-        const std::int64_t first = chunk * chunks_.steps, last = std::min(first + chunks_.steps, main_steps);
-        const std::int64_t depth = first * Cell::kDepth, depth_end = std::min(last * Cell::kDepth, main_.depth);
-        if (depth < depth_end) main_.panel(Span{col, cols, V, depth, depth_end - depth}, main_panel);
-        for (std::int64_t group = first_group; group < last_group; group++) {
-          const std::int64_t row = group * kTileRows;
-          const int rows = static_cast<int>(m_ - row < kTileRows ? m_ - row : kTileRows);
-          const Tile tile{chunks_.count > 1 ? sums + group * kTileSums : sums, row, rows, col, cols, V * kLanes};
-          if (chunk == 0) start<V>(tile, low_panel, low_steps);
-          multiply<V>(main_.left + row * main_steps + first * kTileRows, main_panel, last - first, tile.sums);
+  Span span_of(std::int64_t panel, std::int64_t depth, std::int64_t count) const {
+    const std::int64_t col = panel * kTileCols;
+    const int cols = static_cast<int>(std::min<std::int64_t>(cols_ - col, kTileCols));
+    return {col, cols, (cols + kLanes - 1) / kLanes, depth, count};
+  }
+
+  // Panels [first, last) with groups [first_group, last_group) of the left side.
+  void one_unit(std::int64_t first, std::int64_t last, std::int64_t first_group, std::int64_t last_group,
+                std::uint32_t* slab) const {
+    std::uint32_t* const low_panels = slab;
+    std::uint32_t* const panels = low_panels + kUnitPanels * low_steps() * kTileCols;
+    float* const sums = reinterpret_cast<float*>(panels + kUnitPanels * chunks_.steps * kTileCols);
+    const std::int64_t main_steps = steps_of<Cell>(main_.depth);
+    if (low_.depth)
+      for (std::int64_t panel = first; panel < last; panel++)
+        low_.panel(span_of(panel, 0, low_.depth), low_panels + (panel - first) * low_steps() * kTileCols);
+    for (std::int64_t chunk = 0; chunk < chunks_.count; chunk++) {
+      const std::int64_t step = chunk * chunks_.steps, steps = std::min(chunks_.steps, main_steps - step);
+      const std::int64_t depth = step * Cell::kDepth, count = std::min(steps * Cell::kDepth, main_.depth - depth);
+      for (std::int64_t panel = first; count > 0 && panel < last; panel++)
+        main_.panel(span_of(panel, depth, count), panels + (panel - first) * chunks_.steps * kTileCols);
+      for (std::int64_t group = first_group; group < last_group; group++)
+        for (std::int64_t panel = first; panel < last; panel++) {
+          const std::int64_t row = group * kTileRows, at = panel - first;
+          const Span span = span_of(panel, depth, count);
+          const int rows = static_cast<int>(std::min<std::int64_t>(m_ - row, kTileRows));
+          const Tile tile{sums + ((group - first_group) * kUnitPanels + at) * kTileSums,
+                          row,
+                          rows,
+                          span.col,
+                          span.cols,
+                          span.vectors * kLanes};
+          with_vectors(span.vectors, [&](auto vectors) {
+            constexpr int V = decltype(vectors)::value;
+            if (chunk == 0) start<V>(tile, low_panels + at * low_steps() * kTileCols);
+            multiply<V>(main_.left + row * main_steps + step * kTileRows, panels + at * chunks_.steps * kTileCols, steps,
+                        tile.sums);
+          });
           if (chunk + 1 == chunks_.count) finish_(tile);
         }
-      }
-    });
+    }
   }
 
   template <int V>
-  void start(const Tile& tile, const std::uint32_t* low_panel, std::int64_t low_steps) const {
+  void start(const Tile& tile, const std::uint32_t* low_panel) const {
     std::memset(tile.sums, 0, sizeof(float) * kTileRows * V * kLanes);
-    if (low_steps == 0) return;
-    multiply<V>(low_.left + tile.row * low_steps, low_panel, low_steps, tile.sums);
+    if (low_steps() == 0) return;
+    multiply<V>(low_.left + tile.row * low_steps(), low_panel, low_steps(), tile.sums);
     between_(tile);
   }
 

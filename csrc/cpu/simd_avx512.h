@@ -100,7 +100,7 @@ inline void pack_nibbles(std::uint8_t* packed, U32 code) {
 }
 inline void store_bytes(std::uint8_t* out, U32 x) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(x.v)); }
 // Eight permutes of 32 entries each and a tree of blends by bits 7:5; a gather of 16 costs three times as much on Zen 4.
-inline F32 lookup256(const float* table, const std::uint8_t* index) {
+[[gnu::always_inline]] inline F32 lookup256(const float* table, const std::uint8_t* index) {
   const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index));
   __m512 part[8];
 #pragma GCC unroll 8
