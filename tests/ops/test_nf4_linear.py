@@ -9,8 +9,11 @@ from numerics import assert_no_worse_than_twice_plain, row_scaled
 import peftk
 from peftk.ops import nf4_linear
 
-# A covering sample of m, k, n: whole vectors, ragged ones, odd k, blocks that straddle rows.
-SHAPES = [(1, 64, 16), (3, 80, 48), (16, 96, 130), (17, 33, 15), (65, 128, 49), (130, 576, 64), (17, 4304, 48), (0, 64, 8)]
+# A covering sample of m, k, n: whole vectors, ragged ones, odd k, blocks that straddle rows; a depth of several chunks.
+SHAPES = [
+    *((1, 64, 16), (3, 80, 48), (16, 96, 130), (17, 33, 15), (65, 128, 49), (130, 576, 64), (17, 4304, 48), (0, 64, 8)),
+    *((2, 192, 37), (4, 320, 18), (8, 128, 33), (20, 576, 47), (37, 640, 16), (52, 5248, 20), (9, 320, 1424)),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -45,6 +48,20 @@ def test_formats(implementation, block_size, quant_type):
     x = torch.randn(5, 320)
     truth = x.double() @ w4.dequantize(torch.float32).double().T
     assert_no_worse_than_twice_plain(nf4_linear(x, w4), x @ w4.dequantize(torch.float32).T, truth)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("m", [1, 3, 20, 60])
+def test_a_constant_that_is_not_finite_spoils_its_own_row_only(implementation, m, value):
+    w4 = peftk.quantize_nf4(row_scaled(34, 192), double_quant=False)
+    for dtype in DTYPES:
+        x = torch.randn(m, 192, dtype=dtype)
+        good = nf4_linear(x, w4)
+        bad = peftk.NF4Weight(w4.packed, w4.absmax.clone(), None, None, w4.shape, w4.dtype, w4.block_size)
+        bad.absmax[5 * 3 + 1] = value
+        y = nf4_linear(x, bad)
+        assert not y[:, 5].isfinite().any()
+        assert torch.equal(y[:, :5], good[:, :5]) and torch.equal(y[:, 6:], good[:, 6:])
 
 
 def test_shapes_and_strides(implementation):
