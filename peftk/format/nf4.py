@@ -29,6 +29,10 @@ class NF4Weight:
     def __post_init__(self) -> None:
         self.shape = torch.Size(self.shape)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        self.__dict__.pop("_straight_code", None)  # ops note here that they have checked the parts against each other
+        self.__dict__[name] = value
+
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and of all constants."""

@@ -89,6 +89,7 @@ class NF4Linear(nn.Linear):
             self.register_buffer(name, getattr(w4, name), persistent=False)
         self.block_size, self.double_quant = w4.block_size, w4.absmax_scale is not None
         self.quant_type, self.weight_dtype = w4.quant_type, w4.dtype
+        self.__dict__.pop("_kept_w4", None)
 
     @property
     def w4(self) -> NF4Weight:
@@ -104,9 +105,29 @@ class NF4Linear(nn.Linear):
             self.quant_type,
         )
 
+    def _own_w4(self) -> NF4Weight:
+        """``w4`` around the Parameter itself, kept from call to call: making it anew costs as much as a small product."""
+        parts = self._parameters["weight"], *(self._buffers[name] for name in _CONSTANTS)
+        if torch.compiler.is_compiling():
+            return self.w4
+        kept = self.__dict__.get("_kept_w4")
+        weight, constants = self._parameters["weight"], self._buffers
+        if (
+            kept is None
+            or kept.packed is not weight
+            or kept.absmax is not constants["absmax"]
+            or kept.absmax_scale is not constants["absmax_scale"]
+            or kept.absmax_offset is not constants["absmax_offset"]
+        ):
+            parts, shape = (constants[name] for name in _CONSTANTS), torch.Size((self.out_features, self.in_features))
+            kept = NF4Weight(weight, *parts, shape, self.weight_dtype, self.block_size, self.quant_type)
+            self.__dict__["_kept_w4"] = kept
+        return kept
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = nf4_linear(x if self.compute_dtype is None else x.to(self.compute_dtype), self.w4, self.bias)
-        return y if self.compute_dtype is None else y.to(x.dtype)
+        if self.compute_dtype is None:
+            return nf4_linear(x, self._own_w4(), self.bias)
+        return nf4_linear(x.to(self.compute_dtype), self._own_w4(), self.bias).to(x.dtype)
 
     def forward_low_rank(
         self,
@@ -120,9 +141,9 @@ class NF4Linear(nn.Linear):
     ) -> torch.Tensor:
         """forward(x) + scale * D(x if z is None else z) A^T B^T in one op: ``peftk.ops.nf4_lora_linear``."""
         if self.compute_dtype is None:
-            return nf4_lora_linear(x, self.w4, A, B, scale, self.bias, z, dropout, seed)
+            return nf4_lora_linear(x, self._own_w4(), A, B, scale, self.bias, z, dropout, seed)
         z = z if z is None else z.to(self.compute_dtype)
-        y = nf4_lora_linear(x.to(self.compute_dtype), self.w4, A, B, scale, self.bias, z, dropout, seed)
+        y = nf4_lora_linear(x.to(self.compute_dtype), self._own_w4(), A, B, scale, self.bias, z, dropout, seed)
         return y.to(x.dtype)
 
     def dense_weight(self) -> torch.Tensor:

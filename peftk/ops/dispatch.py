@@ -79,6 +79,25 @@ def use(name: str) -> Iterator[None]:
             module.set_tier(before)
 
 
+def is_straight(x: torch.Tensor) -> bool:
+    """Whether a call with ``x`` may go to its CPU kernel past torch's dispatcher and the TABLE, which cost 20 us: a plain CPU
+    tensor, no gradient wanted for it, no implementation forced, nothing that watches or transforms calls (modes, traces,
+    autocast, functorch)."""
+    c = torch._C
+    return not (
+        type(x) is not torch.Tensor
+        or not x.is_cpu
+        or (x.requires_grad and torch.is_grad_enabled())
+        or _forced.get() is not None
+        or c._len_torch_dispatch_stack()
+        or c._len_torch_function_stack()
+        or c._functorch.peek_interpreter_stack() is not None
+        or c._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+        or native() is None
+    )
+
+
 def reasons_against_cpu(*tensors: torch.Tensor | None) -> list[str]:
     """Why compiled CPU kernels can't take these tensors."""
     if native() is None:

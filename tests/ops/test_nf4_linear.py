@@ -136,3 +136,22 @@ def test_bad_arguments_are_named():
         nf4_linear(x.long(), w4)
     with pytest.raises(ValueError, match=r"w4: expected a weight of shape \(n, k\), got \(8,\)"):
         nf4_linear(x, peftk.quantize_nf4(torch.ones(8)))
+
+
+def test_the_straight_way_and_the_dispatcher_agree():
+    """Without gradients a call skips torch's dispatcher; whatever has to be noticed there is noticed all the same."""
+    w4, x, bias = peftk.quantize_nf4(row_scaled(24, 64)), torch.randn(2, 3, 64), torch.randn(24, requires_grad=True)
+    through = torch.ops.peftk.nf4_linear(x, *w4.tensors(), 24, w4.block_size, w4.quant_type, bias.detach())
+    with torch.no_grad():
+        assert torch.equal(nf4_linear(x, w4, bias), through)
+        w4.packed = peftk.quantize_nf4(row_scaled(24, 64)).packed
+        assert not torch.equal(nf4_linear(x, w4, bias), through), "a replaced part is seen"
+        w4.absmax = w4.absmax[:-1]
+        with pytest.raises(ValueError, match="absmax: expected 24 values"):
+            nf4_linear(x, w4)
+    w4 = peftk.quantize_nf4(row_scaled(24, 64))
+    assert nf4_linear(x, w4, bias).requires_grad
+    with torch.device("meta"):
+        assert nf4_linear(x, w4).device.type == "cpu"
+    seen = torch.func.vmap(lambda row: nf4_linear(row, w4))(x)
+    assert torch.allclose(seen, nf4_linear(x, w4), atol=1e-5)

@@ -3,12 +3,55 @@
 import torch
 
 from peftk.format.code4 import code4
+from peftk.format.nf4 import NF4Weight
 from peftk.native import NATIVE_DTYPE, address, native
+from peftk.ops import dispatch
 from peftk.ops.dispatch import Implementation, reasons_against_cpu, reasons_against_dtype
+from peftk.ops.nf4_dequantize import check_constants
 
 
 def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, size, block_size, quant_type, bias=None) -> list[str]:
     return reasons_against_cpu(x, packed, absmax, absmax_scale, absmax_offset, bias) + reasons_against_dtype("x", x.dtype)
+
+
+def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """``run`` for a call that ``dispatch.is_straight``, where there is nothing to complain of or to convert; else None."""
+    if not dispatch.is_straight(x):
+        return None
+    if bias is not None and (type(bias) not in PLAIN or (bias.requires_grad and torch.is_grad_enabled())):
+        return None
+    number = w4.__dict__.get("_straight_code")
+    if number is None:
+        number = w4.__dict__["_straight_code"] = _straight_code(w4)
+    if number < 0 or x.dim() == 0:
+        return None
+    (n, k), packed, absmax = w4.shape, w4.packed, w4.absmax
+    if x.shape[-1] != k or packed.numel() != (n * k + 1) // 2 or absmax.numel() != -(-n * k // w4.block_size):
+        return None
+    dtype = NATIVE_DTYPE.get(x.dtype)
+    if dtype is None or not (
+        bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == (n,) and bias.is_contiguous())
+    ):
+        return None
+    rows = as_rows(x)
+    y = x.new_empty((*x.shape[:-1], n))
+    native().nf4_linear(
+        packed.data_ptr(), absmax.data_ptr(), address(w4.absmax_scale), address(w4.absmax_offset), n, k, w4.block_size, number,
+        rows.data_ptr(), rows.stride(0), rows.shape[0], dtype, address(bias), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _straight_code(w4: NF4Weight) -> int:
+    """The number of w4's code where its parts fit each other and lie plainly in this machine's memory, else -1."""
+    parts = [t for t in w4.tensors() if t is not None]
+    if len(w4.shape) != 2 or any(type(t) not in PLAIN or not t.is_cpu for t in parts):
+        return -1
+    check_constants(*w4.tensors(), w4.shape.numel(), w4.block_size, w4.quant_type)
+    return code4(w4.quant_type).number
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
