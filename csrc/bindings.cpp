@@ -11,6 +11,7 @@
 #include "format/nf4.h"
 #include "ops/blockwise8_dequantize/op.h"
 #include "ops/blockwise8_quantize/op.h"
+#include "ops/lora_linear/op.h"
 #include "ops/nf4_dequantize/op.h"
 #include "ops/nf4_linear/op.h"
 #include "ops/nf4_lora_linear/op.h"
@@ -71,6 +72,8 @@ PYBIND11_MODULE(_C, m) {
 
   PEFTK_OP(blockwise8_dequantize);
   PEFTK_OP(blockwise8_quantize);
+  PEFTK_OP(lora_linear);
+  PEFTK_OP(lora_linear_backward);
   PEFTK_OP(nf4_dequantize);
   PEFTK_OP(nf4_linear);
   PEFTK_OP(nf4_linear_dx);

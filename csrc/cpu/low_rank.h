@@ -146,7 +146,7 @@ void low_rank_forward(const Base& base, const Activations<T>& x, std::int64_t m,
   if (m == 0) return;
   if (base.template few_fits<T>(m)) return few_forward(base, x, m, z, branch, bias, y, s, threads);
   const std::int64_t block = std::min(m, kRowBlock);
-  const bool own_input = z.data != x.data || branch.dropout.drop_below;
+  const bool own_input = z.data != x.data || z.stride != x.stride || branch.dropout.drop_below;
   const Scratch left = cells_for<Cell>(block, base.k), low_left = cells_for<Cell>(block, branch.r);
   const Scratch wide = floats_for(block * branch.r);
   for (std::int64_t first = 0; first < m; first += kRowBlock) {

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/panel_pairs.h"
 #include "cpu/rows.h"
 #include "cpu/tile.h"
 
@@ -16,13 +17,6 @@ inline U32 cell_across(FloatCell, const F32* v, int) { return as_cells(v[0]); }
 inline U32 cell_along(PairCell, const F32* v) { return pair_neighbours(v[0], v[1]); }
 inline U32 cell_across(PairCell, const F32* v, int next_row) { return pair_lanes(v[0], v[next_row]); }
 #endif
-
-// What a panel covers: columns [col, col + cols) in `vectors` vectors, depth [depth, depth + count).
-struct Span {
-  std::int64_t col;
-  int cols, vectors;
-  std::int64_t depth, count;
-};
 
 // One vector of a panel: rows [first, first + used) become its lanes; `line` cells from step to step.
 template <class Cell, class Rows>
@@ -55,6 +49,8 @@ void lanes_along(const Rows& rows, std::int64_t first, int used, std::int64_t de
 
 template <class Cell, class Rows>
 void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
+  if constexpr (kLiesInCells<Cell, Rows>)
+    if (rows.scale == 1.0f) return pairs_along(rows, span, panel);
   for (int v = 0; v < span.vectors; v++)
     lanes_along<Cell>(rows, span.col + v * kLanes, lanes_left(span.cols, v), span.depth, span.count, span.vectors * kLanes,
                       panel + v * kLanes);
@@ -62,6 +58,8 @@ void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
 
 template <class Cell, int V, class Rows>
 void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
+  if constexpr (kLiesInCells<Cell, Rows>)
+    if (rows.scale == 1.0f) return pairs_across<V>(rows, span, panel);
   constexpr int D = Cell::kDepth;
   const std::int64_t whole = span.cols == V * kLanes && rows.aligned() ? span.count / D * D : 0;
   F32 wide[D * V];
@@ -81,6 +79,8 @@ void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
 // missing in the last group are zero.
 template <class Cell, class Rows>
 void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
+  if constexpr (kLiesInCells<Cell, Rows>)
+    if (rows.scale == 1.0f) return pairs_left(rows, row, count, depth, out);
   constexpr int D = Cell::kDepth, kReach = D * kLanes;
   std::uint32_t cells[kTileRows][kLanes];
   for (std::int64_t d = 0; d < depth; d += kReach) {

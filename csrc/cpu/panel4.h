@@ -99,7 +99,7 @@ class ColumnConstants {
   Scratch memory_;
 };
 
-inline constexpr std::int64_t kRowsAhead = 16;  // a panel takes 24 bytes of each row of 2 KB: no hardware prefetcher sees that
+inline constexpr std::int64_t kWeightRowsAhead = 16;  // a panel takes 24 bytes of each row of 2 KB: no hardware prefetcher sees that
 
 template <class Cell, int V>
 void strip_across(const Matrix4& w, const ColumnConstants& constants, const Span& span, std::uint32_t* panel) {
@@ -110,7 +110,7 @@ void strip_across(const Matrix4& w, const ColumnConstants& constants, const Span
   const std::uint8_t* p = w.packed + (span.depth * w.k + span.col) / 2;
   F32 wide[D * V];
   const auto decode = [&](std::int64_t d, int i) {
-    __builtin_prefetch(p + kRowsAhead * w.k / 2);
+    __builtin_prefetch(p + kWeightRowsAhead * w.k / 2);
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) wide[i * V + v] = lookup(table, nibbles(p + v * kLanes / 2)) * broadcast(scale[v][d + i]);
     p += w.k / 2;

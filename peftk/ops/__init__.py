@@ -2,6 +2,7 @@
 
 from peftk.ops.blockwise8_dequantize import blockwise8_dequantize
 from peftk.ops.blockwise8_quantize import blockwise8_quantize
+from peftk.ops.lora_linear import lora_linear
 from peftk.ops.nf4_dequantize import nf4_dequantize
 from peftk.ops.nf4_linear import nf4_linear
 from peftk.ops.nf4_lora_linear import nf4_lora_linear
@@ -11,6 +12,7 @@ from peftk.ops.philox_dropout import philox_dropout
 __all__ = [
     "blockwise8_dequantize",
     "blockwise8_quantize",
+    "lora_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_lora_linear",

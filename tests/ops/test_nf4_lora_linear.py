@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_no_worse_than_twice_plain, row_scaled
+from low_rank import DTYPES, SCALE, SEED, SHAPES, assert_forward_and_gradients
+from numerics import row_scaled
 
 import peftk
-from peftk.ops import nf4_linear, nf4_lora_linear, philox_dropout
-
-# m, k, n, r: every value at least once.
-SHAPES = [
-    (1, 64, 16, 8),
-    (3, 80, 48, 1),
-    (16, 96, 130, 16),
-    (17, 33, 15, 64),
-    (65, 128, 49, 8),
-    (130, 576, 64, 16),
-    (0, 64, 8, 2),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def lora(x, w, A, B, scale, bias, z, dropout, seed):
-    """The plain composition in the tensors' own dtype; autograd gives its gradients."""
-    branch = x if z is None else z
-    branch = philox_dropout(branch, dropout, seed) if dropout else branch
-    y = torch.nn.functional.linear(x, w, bias)
-    return y + scale * torch.nn.functional.linear(torch.nn.functional.linear(branch, A), B)
+from peftk.ops import nf4_linear, nf4_lora_linear
 
 
 @pytest.mark.parametrize("with_z", [False, True])
@@ -36,24 +17,8 @@ def lora(x, w, A, B, scale, bias, z, dropout, seed):
 @pytest.mark.parametrize("m,k,n,r", SHAPES)
 def test_forward_and_gradients(implementation, m, k, n, r, dtype, dropout, with_z):
     w4 = peftk.quantize_nf4(row_scaled(n, k) / k**0.5, double_quant=n % 2 == 0)
-    leaves = {
-        "x": torch.randn(m, k), "A": torch.randn(r, k) / k**0.5, "B": torch.randn(n, r), "bias": torch.randn(n),
-        "z": torch.randn(m, k) if with_z else None,
-    }  # fmt: skip
-    dy, results = torch.randn(m, n).to(dtype), {}
-    for name, cast in (("ours", dtype), ("plain", dtype), ("truth", torch.float64)):
-        values = {key: None if v is None else v.to(dtype).to(cast).clone().requires_grad_() for key, v in leaves.items()}
-        if name == "ours":
-            x, A, B, bias, z = (values[key] for key in ("x", "A", "B", "bias", "z"))
-            y = nf4_lora_linear(x, w4, A, B, 0.5, bias, z, dropout, 11)
-            y.backward(dy)
-        else:
-            with peftk.use("reference"):
-                y = lora(w=w4.dequantize(torch.float32).to(cast), scale=0.5, dropout=dropout, seed=11, **values)
-                y.backward(dy.to(cast))
-        results[name] = {"y": y.detach(), **{key: v.grad for key, v in values.items() if v is not None}}
-    for key, truth in results["truth"].items():
-        assert_no_worse_than_twice_plain(results["ours"][key], results["plain"][key], truth)
+    op = lambda x, A, B, bias, z: nf4_lora_linear(x, w4, A, B, SCALE, bias, z, dropout, SEED)  # noqa: E731
+    assert_forward_and_gradients(op, w4.dequantize(torch.float32), m, r, dtype, dropout, with_z)
 
 
 def test_fp32_factors_beside_16_bit_activations(implementation):

@@ -9,22 +9,22 @@ from peftk.ops.nf4_linear.cpu import as_rows
 
 
 def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, *_) -> list[str]:
-    return reasons_against_cpu(x, packed, absmax, A, B, bias, z) + _reasons_against_dtypes(x, A, B)
+    return reasons_against_cpu(x, packed, absmax, A, B, bias, z) + reasons_against_dtypes(x, A, B)
 
 
 def reasons_against_backward(dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, *_) -> list[str]:
-    return reasons_against_cpu(dy, x, z, s, packed, absmax, A, B) + _reasons_against_dtypes(dy, A, B)
+    return reasons_against_cpu(dy, x, z, s, packed, absmax, A, B) + reasons_against_dtypes(dy, A, B)
 
 
-def _reasons_against_dtypes(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> list[str]:
+def reasons_against_dtypes(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> list[str]:
     return [reason for name, t in (("x", x), ("A", A), ("B", B)) for reason in reasons_against_dtype(name, t.dtype)]
 
 
-def _branch(A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int, int, int]:
+def branch_arguments(A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int, int, int]:
     return A.data_ptr(), NATIVE_DTYPE[A.dtype], B.data_ptr(), NATIVE_DTYPE[B.dtype], A.shape[0]
 
 
-def _dropout(p: float, seed: int) -> tuple[int, float, int]:
+def dropout_arguments(p: float, seed: int) -> tuple[int, float, int]:
     return int(p * 2**32), 1 / (1 - p), seed
 
 
@@ -39,8 +39,8 @@ def run(
     native().nf4_lora_linear(
         packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), B.shape[0], rows.shape[1],
         block_size, code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype],
-        address(branch_rows), 0 if z is None else branch_rows.stride(0), *_branch(A, B), scale, address(bias),
-        *_dropout(dropout, seed), y.data_ptr(), s.data_ptr(), torch.get_num_threads(),
+        address(branch_rows), 0 if z is None else branch_rows.stride(0), *branch_arguments(A, B), scale, address(bias),
+        *dropout_arguments(dropout, seed), y.data_ptr(), s.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, s
 
@@ -59,9 +59,9 @@ def run_backward(
     native().nf4_lora_linear_backward(
         packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), B.shape[0], A.shape[1],
         block_size, code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[dy.dtype],
-        branch_rows.data_ptr(), branch_rows.stride(0), s.data_ptr(), *_branch(A, B), scale, *_dropout(dropout, seed),
-        int(z is None), dx.data_ptr() if need_dx else 0, dz.data_ptr() if need_dz else 0, dA.data_ptr(), dB.data_ptr(),
-        torch.get_num_threads(),
+        branch_rows.data_ptr(), branch_rows.stride(0), s.data_ptr(), *branch_arguments(A, B), scale,
+        *dropout_arguments(dropout, seed), int(z is None), dx.data_ptr() if need_dx else 0, dz.data_ptr() if need_dz else 0,
+        dA.data_ptr(), dB.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dz, dA, dB
 

@@ -1,4 +1,4 @@
-"""The definition, in fp32 (fp64 for fp64), W decoded whole."""
+"""The definition, in fp32 (fp64 for fp64), W decoded whole. lora_linear's is the same with a W that need not be decoded."""
 
 import torch
 
@@ -14,32 +14,47 @@ def _dropped(z: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
         return torch.ops.peftk.philox_dropout(z, dropout, seed)
 
 
-def run(
-    x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    w = dense(packed, absmax, absmax_scale, absmax_offset, B.shape[0], x.shape[-1], block_size, quant_type, wide)
+def low_rank(x, w, A, B, bias, z, scale, dropout, seed) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and S; w (n, k) in the dtype of the computation."""
+    wide = w.dtype
     s = _dropped((x if z is None else z).to(wide), dropout, seed) @ A.to(wide).T
     y = x.to(wide) @ w.T + scale * (s @ B.to(wide).T)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype), s.to(x.dtype)
 
 
-def run_backward(
-    dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, dropout, seed,
-    need_dx, need_dz,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def low_rank_backward(
+    dy, x, z, s, w, A, B, scale, dropout, seed, need_dz
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dz, dA, dB; w None: no dx is wanted."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     n, k, source = dy.shape[-1], x.shape[-1], x if z is None else z
     dy2, dropped = dy.to(wide).reshape(-1, n), _dropped(source.to(wide), dropout, seed).reshape(-1, k)
     t = scale * (dy2 @ B.to(wide))
     dz = _dropped((t @ A.to(wide)).view(x.shape), dropout, seed)
     dx = dy.new_empty(0)
-    if need_dx:
-        w = dense(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type, wide)
+    if w is not None:
         dx = (dy2 @ w).view(x.shape)
         dx = (dx + dz if z is None else dx).to(x.dtype)
     dA, dB = t.T @ dropped, scale * (dy2.T @ s.to(wide).reshape(-1, s.shape[-1]))
     return dx, dz.to(source.dtype) if need_dz else dy.new_empty(0), dA.to(A.dtype), dB.to(B.dtype)
+
+
+def run(
+    x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w = dense(packed, absmax, absmax_scale, absmax_offset, B.shape[0], x.shape[-1], block_size, quant_type, wide)
+    return low_rank(x, w, A, B, bias, z, scale, dropout, seed)
+
+
+def run_backward(
+    dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, dropout, seed,
+    need_dx, need_dz,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    wide, w = torch.promote_types(dy.dtype, torch.float32), None
+    if need_dx:
+        w = dense(packed, absmax, absmax_scale, absmax_offset, dy.shape[-1], x.shape[-1], block_size, quant_type, wide)
+    return low_rank_backward(dy, x, z, s, w, A, B, scale, dropout, seed, need_dz)
 
 
 FORWARD = Implementation("reference", run, no_reason)

@@ -1,0 +1,90 @@
+// y = x W^T for one to kFewDenseRows rows of x and a dense W: each row of W is read once and used at once, lanes run along k, no
+// panel is written. Knows no op.
+#pragma once
+#include <algorithm>
+
+#include "cpu/panel_pairs.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace peftk::PEFTK_TIER {
+
+inline constexpr std::int64_t kFewDenseRows = 4;
+inline constexpr int kFewDenseOutputs = 4;  // rows of W at once: they share the loads of x and keep enough sums in flight
+
+// Vectors that one chain of sums runs over, as in product.h.
+inline constexpr std::int64_t kFewDenseChain = 32;
+
+// Sums of one vector of a row: 16 products in fp32, or 32 of bf16 pairs.
+template <class Cell, class T>
+struct FewDense {
+  static constexpr int kReach = kLanes;
+  using Vector = F32;
+  static Vector read(const DenseRows<T>& rows, std::int64_t row, std::int64_t position, int count) {
+    F32 v;
+    rows.template read<1>(row, position, count, &v);
+    return v;
+  }
+  static F32 add(F32 sum, Vector a, Vector b) { return multiply_add(a, b, sum); }
+};
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+template <>
+struct FewDense<PairCell, Bf16> {
+  static constexpr int kReach = 2 * kLanes;
+  using Vector = __m512i;
+  static Vector read(const DenseRows<Bf16>& rows, std::int64_t row, std::int64_t position, int count) {
+    return _mm512_maskz_loadu_epi16(first_words(count), rows.data + row * rows.stride + position);
+  }
+  static F32 add(F32 sum, Vector a, Vector b) { return {multiply_add(PairCell{}, sum.v, a, b)}; }
+};
+#endif
+
+// out(row of W, row of x, sum) for rows [first, first + count) of W.
+template <int M, class T, class Out>
+void few_dense_dots(const DenseRows<T>& w, std::int64_t k, const DenseRows<T>& x, std::int64_t first, int count, Out& out) {
+  using Few = FewDense<CellOf<T>, T>;
+  constexpr int R = Few::kReach;
+  F32 sum[kFewDenseOutputs][M];
+  for (auto& row : sum)
+    for (F32& s : row) s = broadcast(0.0f);
+  for (std::int64_t chain = 0; chain < k; chain += kFewDenseChain * R) {
+    F32 part[kFewDenseOutputs][M];
+    for (auto& row : part)
+      for (F32& p : row) p = broadcast(0.0f);
+    const std::int64_t end = std::min(chain + kFewDenseChain * R, k);
+    const auto step = [&](std::int64_t position, int here) {
+      typename Few::Vector factor[M];
+      for (int i = 0; i < M; i++) factor[i] = Few::read(x, i, position, here);
+      for (int o = 0; o < kFewDenseOutputs; o++) {
+        const auto weight = Few::read(w, first + std::min(o, count - 1), position, here);  // the last one again: not stored
+        for (int i = 0; i < M; i++) part[o][i] = Few::add(part[o][i], weight, factor[i]);
+      }
+    };
+    std::int64_t position = chain;
+    for (; position + R <= end; position += R) step(position, R);
+    if (position < end) step(position, static_cast<int>(end - position));
+    for (int o = 0; o < kFewDenseOutputs; o++)
+      for (int i = 0; i < M; i++) sum[o][i] = sum[o][i] + part[o][i];
+  }
+  for (int o = 0; o < count; o++)
+    for (int i = 0; i < M; i++) out(first + o, i, reduce_sum(sum[o][i]));
+}
+
+template <class T, class Out>
+void few_dense_product(const DenseRows<T>& w, std::int64_t n, std::int64_t k, const T* x, std::int64_t stride, std::int64_t m,
+                       int threads, Out out) {
+  const DenseRows<T> rows{x, stride};
+  parallel_for((n + kFewDenseOutputs - 1) / kFewDenseOutputs, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t first = begin * kFewDenseOutputs; first < std::min(end * kFewDenseOutputs, n); first += kFewDenseOutputs) {
+      const int count = static_cast<int>(std::min<std::int64_t>(n - first, kFewDenseOutputs));
+      switch (m) {
+        case 1: few_dense_dots<1>(w, k, rows, first, count, out); break;
+        case 2: few_dense_dots<2>(w, k, rows, first, count, out); break;
+        case 3: few_dense_dots<3>(w, k, rows, first, count, out); break;
+        default: few_dense_dots<4>(w, k, rows, first, count, out);
+      }
+    }
+  });
+}
+
+}  // namespace peftk::PEFTK_TIER
