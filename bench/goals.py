@@ -13,6 +13,7 @@ class Outcome:
     ours: str
     p50: Mapping[str, float]  # s, by candidate; those that could not run are absent
     share: float | None = None  # of the limit, ours
+    limit: str = ""  # what that is, with its figure
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class ShareGoal:
     def judge(self, outcome: Outcome) -> Verdict:
         if outcome.share is None:
             return Verdict(str(self))
-        return Verdict(str(self), f"{outcome.share * 100:.0f} %", outcome.share >= self.share)
+        reached = f"{outcome.share * 100:.0f} %" + (f" of {outcome.limit}" if outcome.limit else "")
+        return Verdict(str(self), reached, outcome.share >= self.share)
 
 
 @dataclass(frozen=True)

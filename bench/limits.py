@@ -39,8 +39,21 @@ class Limits:
 
     def seconds(self, work: Work) -> float:
         """The least time for this work: its memory traffic or its arithmetic, whichever takes longer."""
-        memory = work.read / self.read + work.write / self.write
-        return max(memory, work.flop / self.rate(work.dtype) if work.flop else 0.0)
+        return max(self._memory(work), self._arithmetic(work))
+
+    def binding(self, work: Work) -> str:
+        """Which of the two that is, and how it was measured."""
+        if self._memory(work) >= self._arithmetic(work):
+            return f"{self.read / 1e9:.1f} GB/s read"
+        dtype = torch.float32 if work.dtype == torch.float16 else work.dtype
+        rate = self.rate(dtype)
+        return f"{rate / 1e9:.0f} GFLOP/s {'by torch.matmul' if rate == self.matmul[dtype] else 'in registers'}"
+
+    def _memory(self, work: Work) -> float:
+        return work.read / self.read + work.write / self.write
+
+    def _arithmetic(self, work: Work) -> float:
+        return work.flop / self.rate(work.dtype) if work.flop else 0.0
 
     def __str__(self) -> str:
         memory = f"read {self.read / 1e9:.1f} GB/s, write {self.write / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s"

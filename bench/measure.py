@@ -130,7 +130,7 @@ def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: d
             note=candidate.note,
         )
         if who == ours:
-            outcome = Outcome(ours, medians, row.share)
+            outcome = Outcome(ours, medians, row.share, limits.binding(work))
             row = replace(row, verdicts=tuple(goal.judge(outcome) for goal in as_goals(case.goals)))
         rows.append(row)
     return rows

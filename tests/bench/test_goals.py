@@ -27,6 +27,11 @@ def test_verdicts(goal, verdict: Verdict):
     assert goal.judge(OUTCOME) == verdict and str(goal) == verdict.goal
 
 
+def test_a_share_says_of_what():
+    outcome = Outcome("peftk", {"peftk": 1.0}, 0.5, "463 GFLOP/s in registers")
+    assert ShareGoal(0.9, "peak").judge(outcome).reached == "50 % of 463 GFLOP/s in registers"
+
+
 def test_no_share_no_comparison():
     assert ShareGoal(0.9, "peak").judge(Outcome("peftk", {"peftk": 1.0})).met is None
 

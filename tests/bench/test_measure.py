@@ -74,6 +74,14 @@ def test_the_peak_is_the_higher_rate():
     assert with_registers.rate(torch.float32) == with_registers.rate(torch.float16) == 50e9
 
 
+def test_what_binds_is_told():
+    registers = Limits(10e9, 5e9, 8e9, LIMITS.matmul, peak={torch.bfloat16: 125e9, torch.float32: 40e9})
+    assert registers.binding(WORK) == "10.0 GB/s read"
+    assert registers.binding(Work(0, 0, 9)) == "125 GFLOP/s in registers"
+    assert registers.binding(Work(0, 0, 9, torch.float16)) == "50 GFLOP/s by torch.matmul"
+    assert LIMITS.binding(Work(0, 0, 9)) == "100 GFLOP/s by torch.matmul"
+
+
 def test_limits_of_this_machine():
     here = limits.measure_limits(size=2**20, side=64, rounds=1)
     assert min(here.read, here.write, here.copy, *here.matmul.values()) > 1e6

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import peftk.atomic
 from bench import report
 from bench.limits import Limits
 from bench.sweep import plot, sweep
@@ -81,10 +82,15 @@ def test_pictures_are_png_and_appear_whole(tmp_path: Path, lines: list[dict[str,
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in written)
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(path.name for path in written)
     before = written[0].read_bytes()
-    monkeypatch.setattr(plot, "picture", lambda *_: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(plot, "picture", lambda *_: b"half a picture")
+
+    def no_replace(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(peftk.atomic.os, "replace", no_replace)
+    with pytest.raises(OSError, match="the disk is full"):
         plot.draw(lines, tmp_path / "pictures")
-    assert written[0].read_bytes() == before
+    assert written[0].read_bytes() == before and len(list((tmp_path / "pictures").iterdir())) == 4
 
 
 def test_nothing_to_draw(tmp_path: Path):
