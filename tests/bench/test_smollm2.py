@@ -37,7 +37,7 @@ def test_everyone_has_the_same_losses():
     ours = torch.tensor(losses[bench.OURS])
     assert ours.shape == (3,) and len(ours.unique()) == 3  # other batches, other losses
     for who, seen in losses.items():
-        assert torch.allclose(torch.tensor(seen), ours, rtol=5e-3), f"{who}: {seen}, ours {ours.tolist()}"
+        assert torch.allclose(torch.tensor(seen), ours, rtol=6e-4), f"{who}: {seen}, ours {ours.tolist()}"
 
 
 def test_everyone_trains_the_adapters_and_nothing_else():
