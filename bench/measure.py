@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PAUSE = 0.003  # s; spinning OpenMP threads give up after about 1 ms
 BUDGET = 30.0  # s a case; slow peers get fewer rounds, never fewer than LEAST_ROUNDS
 LEAST_ROUNDS = 5
+LONG, FEWEST_ROUNDS = 100.0, 3  # s, and the rounds of a case that takes longer than that
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def measure_case(case: Case, limits: Limits, rounds: int, budget: float = BUDGET
             budget,
             calls=case.calls,
             least=least,
+            warm_up=False,  # by the run that was held against fp64
             prepare=lambda i: torch.set_num_threads(present[i].threads or threads),
         )
     finally:
@@ -152,11 +154,12 @@ def interleave(
     pause: float = PAUSE,
     calls: int = 1,
     least: int = LEAST_ROUNDS,
+    warm_up: bool = True,
     prepare: Callable[[int], Any] = lambda i: None,
 ) -> list[list[float]]:
     """Seconds of a call, one list a run: A B C A B C … for ``rounds`` rounds after a warm-up, or fewer once ``budget`` seconds
-    are spent, though not fewer than ``least``. ``prepare`` gets a run's number before each time it is run."""
-    for i, run in enumerate(runs):
+    are spent, though not fewer than ``least`` unless they take LONG. ``prepare`` gets a run's number before each time."""
+    for i, run in enumerate(runs if warm_up else ()):
         prepare(i)
         run()
     times: list[list[float]] = [[] for _ in runs]
@@ -165,7 +168,8 @@ def interleave(
     try:
         start = time.perf_counter()
         for done in range(rounds):
-            if done >= least and time.perf_counter() - start > budget:
+            spent = time.perf_counter() - start
+            if (done >= least and spent > budget) or (done >= FEWEST_ROUNDS and spent > LONG):
                 break
             for i, run in enumerate(runs):
                 prepare(i)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import peftk
-from bench import peers
+from bench import isa, peers
 from bench.goals import Goal
 from bench.limits import Limits
 from bench.measure import Candidate, Case, Row, Work, interleave, rows_of
@@ -52,6 +52,7 @@ def rows(size: int, repeat: int, limits: Limits) -> Iterator[list[Row]]:
         first = next(c for c in everyone if c.who == ours)
         others = [c for c in everyone if c.who not in (OURS, OWN_STEP)]
         case = Case(f"{title}, {shape}", Work(0, 0), [first, *others], GOALS[ours])
+        case = isa.goals_when_forced(case) if isa.forced() else case
         yield [_with_rate(row) for row in rows_of(case, limits, times, {})]
 
 

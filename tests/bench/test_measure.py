@@ -36,6 +36,18 @@ def test_a_spent_budget_leaves_the_least_rounds():
     assert len(times[0]) == measure.LEAST_ROUNDS
 
 
+def test_long_rounds_are_fewer_still(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "LONG", 0.0)
+    assert len(measure.interleave([lambda: None], rounds=50, pause=0)[0]) == measure.FEWEST_ROUNDS
+
+
+def test_a_case_warms_up_once():
+    calls = []
+    candidates = [Candidate(who, lambda who=who: calls.append(who)) for who in ("peftk", "peer")]
+    measure.measure_case(case(*candidates), LIMITS, 2)
+    assert calls == ["peftk", "peer"] * 3
+
+
 def test_the_pause_is_not_timed():
     assert max(measure.interleave([lambda: None], rounds=2, pause=0.02)[0]) < 0.01
 
@@ -144,7 +156,7 @@ def test_candidates_have_their_own_threads():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert seen[2:] == [("peftk", 2), ("one", 1)] * 2
+    assert seen[2:] == [("peftk", 2), ("one", 1)]
 
 
 def test_rows_hold_figures_ratio_and_verdict():
