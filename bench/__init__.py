@@ -1,1 +1,4 @@
-"""Benches: one an op, under its name in bench/ops. ``python -m bench <op>`` tests the op, then times it beside its peers."""
+"""Benches: one an op, under its name in bench/ops, and those of layers, models and every size (bench/sweep).
+
+``python -m bench <op>`` tests the op, then times it beside its peers.
+"""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench import isa
 from bench.measure import Candidate, Work
 from peftk import NF4Weight
 
@@ -33,6 +34,8 @@ def candidate(
     note: str = "",
 ) -> Candidate:
     """``make`` builds the call to time, once its ``packages`` are there."""
+    if isa.forced() and BITSANDBYTES in packages:
+        note = "; ".join(filter(None, (note, isa.BITSANDBYTES_NOTE)))
     for package in packages:
         try:
             importlib.import_module(package)
@@ -138,6 +141,8 @@ def bnb_linear_packed(w4: NF4Weight, x: torch.Tensor) -> Run:
     from bitsandbytes.functional import has_avx512bf16
 
     n, k = w4.shape
+    if isa.forced():
+        raise Unavailable(f"needs AVX512-BF16, and {isa.forced()} is forced")
     if not has_avx512bf16():
         raise Unavailable("needs AVX512-BF16")
     if n % 32 or k % w4.block_size:

@@ -1,13 +1,14 @@
-"""Results: a table in the terminal, rows in results/<machine>.csv, and the README's table, written from those rows."""
+"""Results: a table in the terminal, rows in results/<machine>.csv, and the README's table: one of those rows an op."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import io
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,10 @@ from pathlib import Path
 import torch
 
 import peftk
-from bench.measure import Limits, Row
+from bench import isa
+from bench.limits import Limits
+from bench.measure import Row
+from peftk.atomic import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -23,7 +27,9 @@ PACKAGES = ("peftk", "torch", "bitsandbytes", "peft")
 WHERE = ("date", "commit", "machine", "threads", "isa", *PACKAGES)
 LIMITS = ("limit_read_gb_s", "limit_write_gb_s", "limit_copy_gb_s", "limit_bf16_gflop_s", "limit_fp32_gflop_s")
 FIGURES = ("op", "case", "who", "p50_ms", "p90_ms", "rounds", "gb_s", "gflop_s", "share", "error", "ratio", "goal", "met", "note")
-COLUMNS = (*WHERE, *FIGURES, *LIMITS)
+FIRST_COLUMNS = (*WHERE, *FIGURES, *LIMITS)  # of the files before the others came
+COLUMNS = (*FIRST_COLUMNS, "reached", "extra_mb", "limit_bf16_registers_gflop_s", "limit_fp32_registers_gflop_s")
+TIERS = ("reference", "scalar", "avx2", "avx512", "avx512_bf16")
 NONE = "–"
 
 
@@ -35,7 +41,7 @@ class Provenance:
     commit: str  # with a + where tracked sources differ from it
     machine: str
     threads: int
-    isa: str  # of our CPU kernels
+    isa: str  # of our CPU kernels; of everyone where it is forced (bench/isa.py)
     versions: dict[str, str]
 
     @classmethod
@@ -45,7 +51,7 @@ class Provenance:
             _commit(),
             machine_name(),
             torch.get_num_threads(),
-            peftk.info().cpu_tier or "reference",
+            isa.forced() or peftk.info().cpu_tier or "reference",
             {name: _version(name) for name in PACKAGES},
         )
 
@@ -95,29 +101,30 @@ def _version(package: str) -> str:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows of an op as text, a block a case."""
-    header = ("", "p50 ms", "p90 ms", "GB/s", "GFLOP/s", "of limit", "error", "peftk is", "")
+    header = ("", "p50 ms", "p90 ms", "extra MB", "GB/s", "GFLOP/s", "of limit", "error", "peftk is", "")
     lines: list[Sequence[str]] = []
     case = None
     for row in rows:
         if row.case != case:
             lines += [(row.case,), header]
             case = row.case
-        verdict = "" if not row.goal else f"goal {row.goal}: {_verdict(row.met)}"
         lines.append(
             (
                 f"  {row.who}",
                 _figure(row.p50, 1e3, "{:.3f}"),
                 _figure(row.p90, 1e3, "{:.3f}"),
+                _figure(row.extra, 1e-6, "{:.1f}"),
                 _figure(row.gb_s, 1, "{:.1f}"),
                 _figure(row.gflop_s, 1, "{:.0f}"),
                 _figure(row.share, 100, "{:.0f} %"),
                 _figure(row.error, 1, "{:.2e}"),
                 "" if row.p50 is None or row.ratio is None else f"{row.ratio:.2f}x as fast",
-                "; ".join(filter(None, (verdict, row.note))),
+                "; ".join([*(f"goal {verdict}" for verdict in row.verdicts), *filter(None, [row.note])]),
             )
         )
     widths = [max((len(line[i]) for line in lines if len(line) > 1), default=0) for i in range(len(header))]
-    return "\n".join(_line(line, widths) for line in lines)
+    shown = [i for i in range(len(header)) if any(len(line) > 1 and line[i] not in ("", NONE, header[i]) for line in lines)]
+    return "\n".join(_line([line[i] for i in shown] if len(line) > 1 else line, [widths[i] for i in shown]) for line in lines)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -132,43 +139,54 @@ def _figure(value: float | None, factor: float, form: str) -> str:
     return NONE if value is None else form.format(value * factor)
 
 
-def _verdict(met: bool | None) -> str:
-    return {True: "met", False: "missed", None: "not compared"}[met]
-
-
 # ---- results/<machine>.csv --------------------------------------------------------------------------------------------------
 
 
 def record(
     op: str, rows: Sequence[Row], limits: Limits, provenance: Provenance, folder: Path = ROOT / "bench" / "results"
 ) -> Path:
-    """Append the rows to the machine's file. ValueError where the file has other columns."""
+    """Append the rows to the machine's file; one from before the newest columns gets them, empty. ValueError where the file has
+    others."""
     path = folder / f"{provenance.machine}.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    if not fresh:
-        read(path)
+    if not path.exists() or _columns(path) != COLUMNS:
+        write_csv(path, COLUMNS, read(path) if path.exists() else [])
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(provenance.cells() | _cells(op, row) | _limit_cells(limits) for row in rows)
+        writer.writerows(provenance.cells() | row_cells(op, row) | limit_cells(limits) for row in rows)
     return path
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a results file, oldest first. ValueError where it has other columns."""
+    columns = _columns(path)
+    if columns not in (COLUMNS, FIRST_COLUMNS):
+        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(columns)}")
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(reader.fieldnames or ())}")
-        return list(reader)
+        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
 
 
-def _cells(op: str, row: Row) -> dict[str, str]:
-    def number(value: float | None, factor: float = 1.0) -> str:
-        return "" if value is None else f"{value * factor:.6g}"
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """The whole file, which appears complete or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
 
+
+def _columns(path: Path) -> tuple[str, ...]:
+    with path.open(newline="") as file:
+        return tuple(next(csv.reader(file), ()))
+
+
+def number(value: float | None, factor: float = 1.0) -> str:
+    """A figure's cell, empty for None."""
+    return "" if value is None else f"{value * factor:.6g}"
+
+
+def row_cells(op: str, row: Row) -> dict[str, str]:
+    """A row's own columns."""
     return {
         "op": op,
         "case": row.case,
@@ -181,51 +199,69 @@ def _cells(op: str, row: Row) -> dict[str, str]:
         "share": number(row.share),
         "error": number(row.error),
         "ratio": number(row.ratio),
-        "goal": row.goal,
-        "met": _verdict(row.met) if row.goal else "",
+        "goal": "; ".join(verdict.goal for verdict in row.verdicts),
+        "met": "; ".join(verdict.word for verdict in row.verdicts),
+        "reached": "; ".join(verdict.reached for verdict in row.verdicts),
         "note": row.note,
+        "extra_mb": number(row.extra, 1e-6),
     }
 
 
-def _limit_cells(limits: Limits) -> dict[str, str]:
-    rates = (limits.read, limits.write, limits.copy, limits.peak[torch.bfloat16], limits.peak[torch.float32])
-    return {name: f"{rate / 1e9:.6g}" for name, rate in zip(LIMITS, rates, strict=True)}
+def limit_cells(limits: Limits) -> dict[str, str]:
+    """The limits' columns."""
+    floats = (torch.bfloat16, torch.float32)
+    rates = (limits.read, limits.write, limits.copy, *(limits.matmul[dtype] for dtype in floats))
+    registers = (limits.peak.get(dtype) for dtype in floats)
+    return {name: number(rate, 1e-9) for name, rate in zip((*LIMITS, *COLUMNS[-2:]), (*rates, *registers), strict=True)}
 
 
 # ---- README -----------------------------------------------------------------------------------------------------------------
 
 
-def rewrite_readme(results: Path, readme: Path = ROOT / "README.md") -> None:
-    """Put the newest run of every case between the two markers. ValueError, and an untouched README, where they are missing."""
+def rewrite_readme(results: Path, headlines: Mapping[str, str], readme: Path = ROOT / "README.md") -> None:
+    """Put a case of each bench between the two markers. ValueError, and an untouched README, where they are missing."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme}: expected one {BEGIN} and after it one {END}, which hold the table of results")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{markdown(read(results))}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{markdown(read(results), headlines)}\n{END}{after}")
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """One line a case, its peers in the last column; from a file's rows, of which the newest run of a case counts."""
-    newest: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        run = newest.setdefault((row["op"], row["case"]), [])
-        if any(row["who"] == other["who"] for other in run):
-            run.clear()
-        run.append(row)
+def markdown(rows: Sequence[dict[str, str]], headlines: Mapping[str, str]) -> str:
+    """A line for each bench of ``headlines``, its peers in the last column: the newest run of the case whose name begins so,
+    with the highest instruction set that it ran on."""
     lines = [
         "| op | case | p50 | GB/s | GFLOP/s | of the limit | error | goal | peers: p50, how many times as fast peftk is, error |",
         "|---|---|--:|--:|--:|--:|--:|---|---|",
     ]
-    for (op, case), run in sorted(newest.items(), key=lambda item: item[0][0]):
-        ours, *others = run
-        goal = f"{ours['goal']}: {ours['met']}" if ours["goal"] else NONE
+    runs = newest_runs(rows)
+    shown = [run for op in sorted(headlines) if (run := _headline(runs, op, headlines[op]))]
+    for ours, *others in shown:
+        goals = zip(ours["goal"].split("; "), ours["met"].split("; "), strict=True)
+        goal = "<br>".join(f"{goal}: {met}" for goal, met in goals) if ours["goal"] else NONE
         cells = (_ms(ours), _cell(ours, "gb_s", "{:.1f}"), _cell(ours, "gflop_s", "{:.0f}"), _percent(ours))
-        cells = (f"`{op}`", case, *cells, _cell(ours, "error", "{:.1e}"), goal, "<br>".join(map(_peer, others)) or NONE)
-        lines.append(f"| {' | '.join(cells)} |")
-    for stamp in dict.fromkeys(_stamp(run[0]) for run in newest.values()):
+        cells = (f"`{ours['op']}`", ours["case"], *cells, _cell(ours, "error", "{:.1e}"), goal)
+        lines.append(f"| {' | '.join(cells)} | {'<br>'.join(map(_peer, others)) or NONE} |")
+    for stamp in dict.fromkeys(_stamp(run[0]) for run in shown):
         lines += ["", stamp]
     return "\n".join(lines)
+
+
+def newest_runs(rows: Iterable[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """The rows of a file by run, ours first; of several runs of a case on the same instruction set and threads the last."""
+    newest: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        run = newest.setdefault(tuple(row[name] for name in ("op", "case", "isa", "threads")), [])
+        if any(row["who"] == other["who"] for other in run):
+            run.clear()
+        run.append(row)
+    return list(newest.values())
+
+
+def _headline(runs: Iterable[list[dict[str, str]]], op: str, begins: str) -> list[dict[str, str]] | None:
+    fitting = [run for run in runs if run[0]["op"] == op and run[0]["case"].startswith(begins)]
+    return max(fitting, key=lambda run: TIERS.index(run[0]["isa"]), default=None)
 
 
 def _stamp(row: dict[str, str]) -> str:
@@ -234,12 +270,17 @@ def _stamp(row: dict[str, str]) -> str:
 
 
 def _peer(row: dict[str, str]) -> str:
+    if row["extra_mb"]:
+        return f"{row['who']}: {_ms(row)}"
     if not row["p50_ms"]:
         return f"{row['who']}: {row['note']}"
     return f"{row['who']}: {_ms(row)}, {_cell(row, 'ratio', '{:.2f}x')}, {_cell(row, 'error', '{:.1e}')}"
 
 
 def _ms(row: dict[str, str]) -> str:
+    """Or the memory, where that was measured."""
+    if row["extra_mb"]:
+        return _cell(row, "extra_mb", "{:.1f} MB")
     return _cell(row, "p50_ms", "{:.3g} ms")
 
 

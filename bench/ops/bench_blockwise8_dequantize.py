@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from bench import peers
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal
+from bench.measure import Candidate, Case, Work, relative_error
 from peftk.format.dynamic8 import values8
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize
 

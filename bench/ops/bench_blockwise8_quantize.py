@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from bench import peers
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal
+from bench.measure import Candidate, Case, Work, relative_error
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize
 
 GOAL = Goal("bitsandbytes", 1)

@@ -10,7 +10,8 @@ import torch
 
 import peftk
 from bench import peers
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal
+from bench.measure import Candidate, Case, Work, relative_error
 from peftk.format.code4 import values4
 from peftk.format.dynamic8 import NESTED_BLOCK, values8
 

@@ -1,59 +1,57 @@
-"""y = x W^T, forward, bf16 x, W in NF4. Truth: fp64 with W as it is stored; so a dense bf16 W has its rounding counted.
+"""y = x W^T, forward, W in NF4. Truth: fp64 with W as it is stored; so a dense bf16 W has its rounding counted.
 
-"bitsandbytes" is Linear4bit as it trains (W written out, then oneDNN), "bitsandbytes packed" its inference path on a repacked
-copy. torch's int4 rounds W to other values and is held against those. All weights but the dense one fit a 32 MB L3.
+bf16: few rows with the weight in L3 (all weights but the dense one fit 32 MB), one row with every weight from memory (a model's
+layers in turn), then the row counts of training. fp32 and fp16 x on the same weight.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-import peftk
-from bench import peers
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal, ShareGoal
+from bench.linear import NAMES, Layer, forward_candidates, forward_work
+from bench.measure import Case
 
-GOAL = Goal("bitsandbytes", 1)
-ROWS = (1, 16, 128, 512)
+PACKED, EITHER = "bitsandbytes packed", ("bitsandbytes", "bitsandbytes packed")
+IN_L3 = {1: 1.8, 4: 1.1, 16: 1.1}  # rows: times as fast as bitsandbytes packed
+CALLS = {1: 20, 4: 20, 16: 10}
+LAYERS = 24  # in turn: 210 MB of 4-bit weights
+ROWS = {32: 1.2, 64: 1.2, 128: 1.3, 512: 1.4, 2048: 1.2}  # rows: times as fast as the better of bitsandbytes' paths
+NEAR_PEAK = (512, 2048)
+OTHER_ROWS = {torch.float32: (1, 16, 128, 512), torch.float16: (1, 16, 512)}
+HEADLINE = "m=512, bf16"
 
 
 def cases(size: int) -> Iterator[Case]:
-    w4 = peftk.quantize_nf4(torch.randn(size, size).mul_(size**-0.5).bfloat16())
-    dense = peers.dense_linear(w4, torch.bfloat16)
-    stored = w4.dequantize(torch.float32)
-    for m in ROWS:
-        yield _case(m, w4, dense, stored)
+    layer = Layer.random(size, size, torch.bfloat16)
+    for m, ratio in IN_L3.items():
+        yield case([layer], m, (Goal(PACKED, ratio),), calls=CALLS[m])
+    yield from_memory(size)
+    for m, ratio in ROWS.items():
+        near_peak = (ShareGoal(0.9, "bf16 peak"),) if m in NEAR_PEAK else ()
+        yield case([layer], m, (Goal(EITHER, ratio), Goal("torch dense", 1), *near_peak))
+    for dtype, rows in OTHER_ROWS.items():
+        other = layer.in_dtype(dtype)
+        for m in rows:
+            dense = (Goal("torch dense", 1.8),) if (dtype, m) == (torch.float32, 512) else ()
+            yield case([other], m, (Goal("bitsandbytes", 1), *dense), calls=CALLS.get(m, 1))
 
 
-def _case(m: int, w4: peftk.NF4Weight, dense: torch.nn.Linear, stored: torch.Tensor) -> Case:
-    n, k = w4.shape
-    x = torch.randn(m, k).bfloat16()
-    truth = x.double() @ stored.double().T
-    traffic = {"read": x.nbytes, "write": 2 * m * n, "flop": 2 * m * n * k}
-    work = Work(**traffic | {"read": x.nbytes + w4.nbytes})
-    work_dense = Work(**traffic | {"read": x.nbytes + dense.weight.nbytes})
+def from_memory(size: int) -> Case:
+    """Dense weights are 4 times as large."""
+    layers = [Layer.random(size, size, torch.bfloat16) for _ in range(LAYERS)]
+    return case(layers, 1, (Goal(PACKED, 1.15), ShareGoal(0.9, "read bandwidth")))
 
-    def error(result: torch.Tensor) -> float:
-        return relative_error(result, truth)
 
-    def bitsandbytes() -> peers.Run:
-        layer = peers.bnb_linear(w4, x.dtype)
-        return peers.no_grad(lambda: layer(x))
-
-    def int4() -> peers.Run:
-        run, used = peers.torch_int4(stored, x)
-        truths["int4"] = x.double() @ used.double().T
-        return run
-
-    truths: dict[str, torch.Tensor] = {}
-    return Case(
-        f"m={m}, {n}x{k} bf16, forward",
-        work,
-        [
-            Candidate("peftk", peers.no_grad(lambda: peftk.ops.nf4_linear(x, w4)), error),
-            peers.candidate("bitsandbytes", [peers.BITSANDBYTES], bitsandbytes, error),
-            peers.candidate("bitsandbytes packed", [peers.BITSANDBYTES], lambda: peers.bnb_linear_packed(w4, x), error),
-            Candidate("torch dense", peers.no_grad(lambda: dense(x)), error, work_dense),
-            peers.candidate("torch int4", [], int4, lambda y: relative_error(y, truths["int4"])),
-        ],
-        GOAL,
-    )
+def case(layers: list[Layer], m: int, goals: tuple[Goal | ShareGoal, ...], calls: int = 1) -> Case:
+    """``layers`` in turn, one time each, for a figure of one; or one layer, ``calls`` times on end."""
+    (n, k), dtype = layers[0].w4.shape, layers[0].dense.weight.dtype
+    x = torch.randn(m, k).to(dtype)
+    name = f"m={m}, {NAMES[dtype]}, {n}x{k}, forward"
+    if len(layers) > 1:
+        name += f", from memory ({len(layers)} layers in turn)"
+    elif calls > 1:
+        name += f", in L3 ({calls} calls on end)"
+    work = forward_work(x, n, layers[0].w4.nbytes)
+    candidates = forward_candidates(layers, x, int4=dtype == torch.bfloat16)
+    return Case(name, work, candidates, goals, calls, parts=len(layers))

@@ -6,7 +6,8 @@ import torch
 
 import peftk
 from bench import peers
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal
+from bench.measure import Candidate, Case, Work, relative_error
 
 GOAL = Goal("bitsandbytes", 40)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal
+from bench.measure import Candidate, Case, Work, relative_error
 from peftk.ops import philox_dropout
 
 GOAL = Goal("torch dropout", 1)

@@ -1,18 +1,13 @@
-"""bench/peers.py and bench/ops: absent peers are told, present ones do the same work as ours."""
+"""bench/peers.py: absent peers are told, present ones do the same work as ours."""
 
-import importlib
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import peftk
-from bench import peers
-from bench.__main__ import arguments, ops
+from bench import isa, peers
 from bench.measure import relative_error
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_missing_package_is_a_row():
@@ -36,16 +31,16 @@ def test_a_peer_that_cannot_says_why():
     assert peers.candidate("peer", [], make).note == "needs AVX512-BF16"
 
 
-@pytest.mark.parametrize("op", ops())
-def test_benches_mirror_the_ops_and_name_their_goal(op: str):
-    assert (ROOT / "peftk" / "ops" / op / "__init__.py").exists()
-    for case in importlib.import_module(f"bench.ops.bench_{op}").cases(128):
-        who = [c.who for c in case.candidates]
-        assert who[0] == "peftk" and len(set(who)) == len(who) > 1
-        assert case.goal.who in who[1:] and case.goal.ratio > 0
-        assert case.work.read > 0 and case.work.write > 0
-        ours = case.candidates[0]
-        assert 0 <= ours.error(ours.run()) < 0.1  # 4 bits of a Gaussian: 0.09
+def test_a_forced_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("bitsandbytes")
+    w4 = peftk.quantize_nf4(torch.randn(64, 64).bfloat16())
+    x = torch.randn(1, 64).bfloat16()
+    for name, value in isa.FORCED["avx2"].items():
+        monkeypatch.setenv(name, value)
+    packed = peers.candidate("packed", ["bitsandbytes"], lambda: peers.bnb_linear_packed(w4, x))
+    assert packed.run is None and packed.note == "needs AVX512-BF16, and avx2 is forced"
+    assert peers.candidate("other", ["bitsandbytes"], lambda: id, note="a note").note == f"a note; {isa.BITSANDBYTES_NOTE}"
+    assert peers.candidate("torch", [], lambda: id).note == ""
 
 
 def test_bitsandbytes_does_the_same_work():
@@ -78,23 +73,3 @@ def test_torch_int4_is_held_against_its_own_weight():
     run, used = peers.torch_int4(w, x)
     assert relative_error(used, w.double()) < 0.15
     assert relative_error(run(), x.double() @ used.double().T) < 0.01
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "op: expected some of blockwise8_dequantize, .* or all, got none"),
-        (["nf4_linear", "gemm"], "or all, got gemm"),
-        (["nf4_linear", "--repeat", "0"], "expected positive numbers, got 2 and 0"),
-        (["nf4_linear", "--record", "--skip-tests"], "--record: expected tests and --size 4096"),
-        (["nf4_linear", "--record", "--size", "64"], "--record: expected tests and --size 4096"),
-    ],
-)
-def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit):
-        arguments(argv)
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_all_means_all():
-    assert arguments(["all"]).op == ops() and arguments(["nf4_linear"] * 2).op == ["nf4_linear"]

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from bench import report
-from bench.measure import Limits, Row
+from bench.goals import Verdict
+from bench.limits import Limits
+from bench.measure import Row
 
-LIMITS = Limits(read=10e9, write=5e9, copy=8e9, peak={torch.bfloat16: 100e9, torch.float32: 50e9})
+LIMITS = Limits(10e9, 5e9, 8e9, {torch.bfloat16: 100e9, torch.float32: 50e9}, {torch.bfloat16: 125e9})
+HEADLINES = {"nf4_linear": "", "nf4_quantize": ""}
 VERSIONS = {"peftk": "0.1", "torch": "2.13", "bitsandbytes": "not installed", "peft": "0.21"}
 HERE = report.Provenance("2026-01-02", "abc1234", "some-cpu-2cores", 2, "avx2", VERSIONS)
-OURS = Row("a case", "peftk", 0.002, 0.003, 20, 4.0, None, 0.5, 1.6e-3, None, ">= 2x peer", False)
+OURS = Row("a case", "peftk", 0.002, 0.003, 20, 4.0, None, 0.5, 1.6e-3, None, (Verdict(">= 2x peer", "1.50x", False),))
 SLOWER = Row("a case", "peer", 0.003, 0.004, 20, 3.0, 70.0, 0.4, 1.7e-3, 1.5)
 ABSENT = Row("a case", "other", note="not installed")
 
@@ -21,9 +24,23 @@ def test_the_table_keeps_every_row():
     text = report.table([OURS, SLOWER, ABSENT])
     ours, slower, absent = text.splitlines()[2:]
     assert text.splitlines()[0] == "a case"
-    assert "2.000" in ours and "50 %" in ours and "1.60e-03" in ours and "goal >= 2x peer: missed" in ours
+    assert "2.000" in ours and "50 %" in ours and "1.60e-03" in ours and "goal >= 2x peer: missed (1.50x)" in ours
     assert "1.50x as fast" in slower and "70" in slower
     assert "not installed" in absent and report.NONE in absent
+
+
+def test_the_table_leaves_out_columns_that_nobody_fills():
+    assert "extra MB" not in report.table([OURS, SLOWER]) and "GFLOP/s" in report.table([OURS, SLOWER])
+    memory = report.table([Row("a case", "peftk", extra=2_500_000)])
+    assert "extra MB" in memory and "2.5" in memory and "p50" not in memory
+
+
+def test_several_goals_are_all_judged(tmp_path: Path):
+    ours = replace(OURS, verdicts=(Verdict(">= 2x peer", "1.50x", False), Verdict("<= 9 us", "8.0 us", True)))
+    assert "goal >= 2x peer: missed (1.50x); goal <= 9 us: met (8.0 us)" in report.table([ours])
+    rows = report.read(report.record("nf4_linear", [ours], LIMITS, HERE, tmp_path))
+    assert (rows[0]["goal"], rows[0]["met"], rows[0]["reached"]) == (">= 2x peer; <= 9 us", "missed; met", "1.50x; 8.0 us")
+    assert "| >= 2x peer: missed<br><= 9 us: met |" in report.markdown(rows, HEADLINES)
 
 
 def test_the_machines_name_is_its_processor():
@@ -53,6 +70,7 @@ def test_recorded_rows_come_back(tmp_path: Path):
     assert (ours["gflop_s"], slower["gflop_s"], slower["ratio"], slower["met"]) == ("", "70", "1.5", "")
     assert (absent["p50_ms"], absent["note"], absent["bitsandbytes"]) == ("", "not installed", "not installed")
     assert (ours["limit_read_gb_s"], ours["limit_bf16_gflop_s"]) == ("10", "100")
+    assert (ours["limit_bf16_registers_gflop_s"], ours["limit_fp32_registers_gflop_s"]) == ("125", "")
 
 
 def test_recording_appends(tmp_path: Path):
@@ -60,6 +78,17 @@ def test_recording_appends(tmp_path: Path):
     before = path.read_bytes()
     report.record("nf4_linear", [SLOWER], LIMITS, HERE, tmp_path)
     assert path.read_bytes().startswith(before) and len(report.read(path)) == 2
+
+
+def test_a_file_from_before_the_newest_columns_gets_them(tmp_path: Path):
+    path = report.record("nf4_linear", [OURS], LIMITS, HERE, tmp_path)
+    (row,) = report.read(path)
+    report.write_csv(path, report.FIRST_COLUMNS, [{name: row[name] for name in report.FIRST_COLUMNS}])
+    (old,) = report.read(path)
+    assert old["p50_ms"] == "2" and old["reached"] == old["extra_mb"] == ""
+    report.record("nf4_linear", [SLOWER], LIMITS, HERE, tmp_path)
+    assert path.read_text().splitlines()[0] == ",".join(report.COLUMNS)
+    assert [r["who"] for r in report.read(path)] == ["peftk", "peer"] and report.read(path)[0] == old
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path: Path):
@@ -74,7 +103,7 @@ def test_the_readme_gets_the_table_between_the_markers(tmp_path: Path):
     path = report.record("nf4_linear", [OURS, SLOWER, ABSENT], LIMITS, HERE, tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n{report.BEGIN}\nold\n{report.END}\ntail\n")
-    report.rewrite_readme(path, readme)
+    report.rewrite_readme(path, HEADLINES, readme)
     text = readme.read_text()
     assert (
         text.startswith(f"# Title\n{report.BEGIN}\n| op | case |")
@@ -85,7 +114,7 @@ def test_the_readme_gets_the_table_between_the_markers(tmp_path: Path):
     assert "| a case | 2 ms | 4.0 | – | 50 % | 1.6e-03 | >= 2x peer: missed |" in line
     assert "peer: 3 ms, 1.50x, 1.7e-03<br>other: not installed" in line
     assert "some-cpu-2cores, 2 threads, avx2; peftk 0.1, torch 2.13, bitsandbytes not installed, peft 0.21." in text
-    report.rewrite_readme(path, readme)
+    report.rewrite_readme(path, HEADLINES, readme)
     assert readme.read_text() == text
 
 
@@ -97,7 +126,7 @@ def test_missing_markers_are_an_error(tmp_path: Path, text: str):
     readme = tmp_path / "README.md"
     readme.write_text(text)
     with pytest.raises(ValueError, match="README.md: expected one <!-- bench:begin --> and after it one <!-- bench:end -->"):
-        report.rewrite_readme(path, readme)
+        report.rewrite_readme(path, HEADLINES, readme)
     assert readme.read_text() == text
 
 
@@ -106,6 +135,33 @@ def test_the_newest_run_of_a_case_counts(tmp_path: Path):
     report.record("nf4_quantize", [OURS], LIMITS, HERE, tmp_path)
     later = replace(HERE, date="2026-02-03")
     path = report.record("nf4_linear", [replace(OURS, p50=0.001), ABSENT], LIMITS, later, tmp_path)
-    text = report.markdown(report.read(path))
+    text = report.markdown(report.read(path), HEADLINES)
     assert "| 1 ms |" in text and "peer: 3 ms" not in text and "other: not installed" in text
     assert "2026-01-02" in text and "2026-02-03" in text  # nf4_quantize is still the older run
+
+
+def test_one_case_a_bench_is_shown(tmp_path: Path):
+    others = [replace(OURS, case="m=1, bf16"), replace(OURS, case="m=512, bf16"), replace(OURS, case="m=512, fp32")]
+    path = report.record("nf4_linear", others, LIMITS, HERE, tmp_path)
+    report.record("nf4_dequantize", [OURS], LIMITS, HERE, tmp_path)
+    text = report.markdown(report.read(path), {"nf4_linear": "m=512, bf16", "nf4_quantize": ""})
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        line for line in text.splitlines() if line.startswith("| `nf4_linear` | m=512, bf16 |")
+    ]
+    assert text.count("| `") == 1
+
+
+def test_the_readme_shows_the_highest_instruction_set(tmp_path: Path):
+    fast = replace(HERE, isa="avx512_bf16")
+    report.record("nf4_linear", [replace(OURS, p50=0.001)], LIMITS, fast, tmp_path)
+    path = report.record("nf4_linear", [OURS], LIMITS, HERE, tmp_path)  # later, avx2
+    text = report.markdown(report.read(path), HEADLINES)
+    assert "| 1 ms |" in text and "| 2 ms |" not in text
+    assert len(report.newest_runs(report.read(path))) == 2
+
+
+def test_memory_stands_where_times_do(tmp_path: Path):
+    rows = [Row("a case", "peftk", extra=2_500_000), Row("a case", "peer", extra=20_000_000)]
+    path = report.record("memory", rows, LIMITS, HERE, tmp_path)
+    assert "| a case | 2.5 MB |" in report.markdown(report.read(path), {"memory": ""})
+    assert "peer: 20.0 MB |" in report.markdown(report.read(path), {"memory": ""})

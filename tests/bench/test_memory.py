@@ -1,0 +1,39 @@
+"""bench/layers/bench_memory.py: what counts as extra memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.layers import bench_memory
+from bench.limits import Limits
+
+MB = 1 << 20
+LIMITS = Limits(1, 1, 1, {})
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+
+
+@pytest.mark.parametrize("scratch", [0, 64])
+def test_scratch_counts_and_results_do_not(scratch: int):
+    def run() -> tuple[torch.Tensor, ...]:
+        torch.ones(scratch * MB, dtype=torch.uint8)
+        return (torch.ones(32 * MB, dtype=torch.uint8),)
+
+    torch.ones(256 * MB, dtype=torch.uint8)  # an earlier peak, which must not count
+    assert abs(bench_memory.peak_beyond_results(run) - scratch * MB + min(scratch, 32) * MB) < 4 * MB
+
+
+def test_a_process_of_its_own():
+    assert abs(bench_memory.extra_bytes("peftk", 128, processes=1)) < bench_memory.MOST
+    with pytest.raises(RuntimeError, match="memory of nobody: KeyError: 'nobody'"):
+        bench_memory.extra_bytes("nobody", 128, processes=1)
+
+
+@pytest.mark.parametrize(("taken", "met"), [(7_999_999, True), (8_000_000, False)])
+def test_the_verdict(monkeypatch: pytest.MonkeyPatch, taken: int, met: bool):
+    monkeypatch.setattr(bench_memory, "extra_bytes", lambda who, size: taken)
+    monkeypatch.setattr(bench_memory.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    ((ours, on_bitsandbytes, on_dense),) = bench_memory.rows(128, 1, LIMITS)
+    assert (ours.who, ours.extra, ours.verdicts[0].met) == ("peftk", taken, met)
+    assert on_bitsandbytes.extra is None and on_bitsandbytes.note == "bitsandbytes not installed"
+    assert on_dense.extra == taken
