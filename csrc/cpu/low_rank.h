@@ -10,6 +10,7 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/dropout.h"
 #include "cpu/panel4.h"  // rows_as_columns, rows_as_depth
 #include "cpu/product.h"
 #include "cpu/rows.h"
@@ -58,28 +59,27 @@ inline Scratch floats_for(std::int64_t count) { return Scratch(sizeof(float) * s
 
 // Calls body with z's rows, dropped out or plain.
 template <class T, class Body>
-void with_branch_input(const Activations<T>& z, const Dropout& dropout, Body body) {
+void with_branch_input(const Activations<T>& z, const KeepBits& keep, Body body) {
   const DenseRows<T> plain{z.data, z.stride};
-  if (dropout.drop_below)
-    body(DroppedRows<DenseRows<T>>{plain, dropout});
-  else
+  if (keep.all_stay())
     body(plain);
+  else
+    body(DroppedRows<DenseRows<T>>{plain, keep});
 }
 
-inline void drop_tile(const Tile& tile, std::int64_t first_row, const Dropout& dropout) {
-  float factor[Dropout::kReach + kLanes];
+inline void drop_tile(const Tile& tile, std::int64_t first_row, const KeepBits& keep) {
   for (int i = 0; i < tile.rows; i++) {
-    dropout.mask(first_row + tile.row + i, tile.col, factor);
     float* const sums = tile.sums + i * tile.stride;
-    for (int j = 0; j < tile.cols; j += kLanes) store(sums + j, load(sums + j) * load(factor + j));
+    for (int j = 0; j < tile.cols; j += kLanes)
+      store(sums + j, load(sums + j) * keep.factors(first_row + tile.row + i, tile.col + j));
   }
 }
 
 // S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r). `left` is left with D(z)'s cells.
 template <class Cell, class T>
-void low_rank_input(const Activations<T>& z, const Branch& branch, std::int64_t k, std::int64_t first, std::int64_t count,
-                    std::uint32_t* left, float* wide, T* kept, int threads) {
-  with_branch_input(z, branch.dropout, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
+void low_rank_input(const Activations<T>& z, const KeepBits& keep, const Branch& branch, std::int64_t k, std::int64_t first,
+                    std::int64_t count, std::uint32_t* left, float* wide, T* kept, int threads) {
+  with_branch_input(z, keep, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
   const auto finish = [&](const Tile& tile) {
     store_tile(wide, branch.r, tile);
     store_tile(kept + first * branch.r, branch.r, tile);
@@ -92,6 +92,7 @@ void low_rank_input(const Activations<T>& z, const Branch& branch, std::int64_t 
 template <class T>
 void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int64_t k, std::int64_t m, float* wide, T* kept,
                         int threads) {
+  const KeepBits keep(branch.dropout, m, k, threads);
   const auto dot = [&](const auto& rows, std::int64_t i, std::int64_t j) {
     double sum[kLanes] = {};
     for (std::int64_t position = 0; position < k; position += kLanes) {
@@ -108,7 +109,7 @@ void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int6
     for (double lane : sum) all += lane;
     return static_cast<float>(all);
   };
-  with_branch_input(z, branch.dropout, [&](const auto& rows) {
+  with_branch_input(z, keep, [&](const auto& rows) {
     parallel_for(branch.r, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t j = begin; j < end; j++)
         for (std::int64_t i = 0; i < m; i++) {
@@ -146,12 +147,13 @@ void low_rank_forward(const Base& base, const Activations<T>& x, std::int64_t m,
   if (m == 0) return;
   if (base.template few_fits<T>(m)) return few_forward(base, x, m, z, branch, bias, y, s, threads);
   const std::int64_t block = std::min(m, kRowBlock);
-  const bool own_input = z.data != x.data || z.stride != x.stride || branch.dropout.drop_below;
+  const KeepBits keep(branch.dropout, m, base.k, threads);
+  const bool own_input = z.data != x.data || z.stride != x.stride || !keep.all_stay();
   const Scratch left = cells_for<Cell>(block, base.k), low_left = cells_for<Cell>(block, branch.r);
   const Scratch wide = floats_for(block * branch.r);
   for (std::int64_t first = 0; first < m; first += kRowBlock) {
     const std::int64_t count = std::min(m - first, kRowBlock);
-    low_rank_input<Cell>(z, branch, base.k, first, count, left.as<std::uint32_t>(), wide.as<float>(), s, threads);
+    low_rank_input<Cell>(z, keep, branch, base.k, first, count, left.as<std::uint32_t>(), wide.as<float>(), s, threads);
     const DenseRows<float> scaled{wide.as<float>(), branch.r, branch.scale};
     pack_all<Cell>(scaled, 0, count, branch.r, low_left.as<std::uint32_t>(), threads);
     if (own_input) pack_all<Cell>(DenseRows<T>{x.data, x.stride}, first, count, base.k, left.as<std::uint32_t>(), threads);
@@ -174,10 +176,10 @@ struct Gradients {
 
 // dx and dz of the rows [first, first + count) from packed dy and packed T.
 template <class Cell, class Base, class Columns, class T>
-void input_gradients(const Base& base, const Columns& columns, const Branch& branch, std::int64_t first, std::int64_t count,
-                     const std::uint32_t* dy, const std::uint32_t* t, const Gradients<T>& out, int threads) {
+void input_gradients(const Base& base, const Columns& columns, const KeepBits& keep, const Branch& branch, std::int64_t first,
+                     std::int64_t count, const std::uint32_t* dy, const std::uint32_t* t, const Gradients<T>& out, int threads) {
   const auto drop = [&](const Tile& tile) {
-    if (branch.dropout.drop_below) drop_tile(tile, first, branch.dropout);
+    if (!keep.all_stay()) drop_tile(tile, first, keep);
   };
   const auto store_dx = [&](const Tile& tile) { store_tile(out.dx + first * base.k, base.k, tile); };
   const auto store_dz = [&](const Tile& tile) {
@@ -193,13 +195,14 @@ void input_gradients(const Base& base, const Columns& columns, const Branch& bra
 
 // dA = T^T D(z) from T^T (r, m) in fp32; dB^T = scale S^T dy from S (m, r). Sums run over all m rows.
 template <class Cell, class T>
-void factor_gradients(const Branch& branch, std::int64_t n, std::int64_t k, std::int64_t m, const Activations<T>& dy,
-                      const Activations<T>& z, const T* s, float* turned, const Gradients<T>& out, int threads) {
+void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n, std::int64_t k, std::int64_t m,
+                      const Activations<T>& dy, const Activations<T>& z, const T* s, float* turned, const Gradients<T>& out,
+                      int threads) {
   const Scratch memory = cells_for<Cell>(branch.r, m);
   auto* const left = memory.as<std::uint32_t>();
   pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
   with_type(out.da, branch.a.dtype, [&](auto* da) {
-    with_branch_input(z, branch.dropout, [&](const auto& rows) {
+    with_branch_input(z, keep, [&](const auto& rows) {
       product<Cell>(
           branch.r, k, no_factors(), factors(left, m, rows_as_depth<Cell>(rows)), nothing_between(),
           [&](const Tile& tile) { store_tile(da, k, tile); }, threads);
@@ -227,6 +230,7 @@ void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t 
   const std::int64_t block = std::min(m, kRowBlock), r = branch.r;
   const Scratch turned = floats_for(r * m);  // T^T, (r, m)
   const auto columns = base.prepare_columns(threads);
+  const KeepBits keep(branch.dropout, m, base.k, threads);
   {
     const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r), wide = floats_for(block * r);
     for (std::int64_t first = 0; first < m; first += kRowBlock) {
@@ -243,11 +247,11 @@ void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t 
       product<Cell>(count, r, no_factors(), factors(left.as<std::uint32_t>(), base.n, rows_as_depth<Cell>(branch.b)),
                     nothing_between(), finish, threads);
       pack_all<Cell>(DenseRows<float>{wide.as<float>(), r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
-      input_gradients<Cell>(base, columns, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(), out,
-                            threads);
+      input_gradients<Cell>(base, columns, keep, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(),
+                            out, threads);
     }
   }
-  factor_gradients<Cell>(branch, base.n, base.k, m, dy, z, s, turned.as<float>(), out, threads);
+  factor_gradients<Cell>(keep, branch, base.n, base.k, m, dy, z, s, turned.as<float>(), out, threads);
 }
 
 }  // namespace peftk::PEFTK_TIER

@@ -99,7 +99,8 @@ class ColumnConstants {
   Scratch memory_;
 };
 
-inline constexpr std::int64_t kWeightRowsAhead = 16;  // a panel takes 24 bytes of each row of 2 KB: no hardware prefetcher sees that
+inline constexpr std::int64_t kWeightRowsAhead =
+    16;  // a panel takes 24 bytes of each row of 2 KB: no hardware prefetcher sees that
 
 template <class Cell, int V>
 void strip_across(const Matrix4& w, const ColumnConstants& constants, const Span& span, std::uint32_t* panel) {

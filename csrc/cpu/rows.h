@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/philox.h"
 #include "cpu/simd.h"
 
 namespace peftk::PEFTK_TIER {
@@ -44,47 +43,6 @@ struct DenseRows {
       if (here < kLanes && here > 0) std::memcpy(few, p + j * kLanes, sizeof(T) * static_cast<std::size_t>(here));
       v[j] = load(here == kLanes ? p + j * kLanes : few) * broadcast(scale);
     }
-  }
-};
-
-// Dropout by Philox: a function of the seed and the flat index of an element in a matrix of `columns` columns.
-struct Dropout {
-  std::uint32_t drop_below = 0;  // p * 2^32; 0: no dropout
-  float keep_scale = 1.0f;
-  std::uint64_t seed = 0;
-  std::int64_t columns = 0;
-
-  static constexpr int kReach = 4 * kPhiloxLanes - 3;  // elements that one call of mask() can serve, whatever its start
-
-  // factor[0 .. kReach) for the elements from (row, position) on.
-  void mask(std::int64_t row, std::int64_t position, float* factor) const {
-    const std::uint64_t first = static_cast<std::uint64_t>(row * columns + position);
-    const PhiloxWords words = philox(first / 4, seed);
-    float all[4 * kPhiloxLanes];
-    for (int i = 0; i < kPhiloxLanes; i++)
-      for (int w = 0; w < 4; w++) all[4 * i + w] = words.word[w][i] < drop_below ? 0.0f : keep_scale;
-    std::memcpy(factor, all + first % 4, sizeof(float) * kReach);
-  }
-};
-
-// Any source, dropped out.
-template <class Rows>
-struct DroppedRows {
-  const Rows& rows;
-  const Dropout& dropout;
-
-  bool aligned() const { return true; }
-  template <int N>
-  void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
-    read<N>(row, position, N * kLanes, v);
-  }
-  template <int N>
-  void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
-    static_assert(N * kLanes <= Dropout::kReach);
-    float factor[Dropout::kReach + kLanes];
-    rows.template read<N>(row, position, count, v);
-    dropout.mask(row, position, factor);
-    for (int j = 0; j < N; j++) v[j] = v[j] * load(factor + j * kLanes);
   }
 };
 

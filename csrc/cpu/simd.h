@@ -10,6 +10,7 @@
 //   lookup256                      the same for 256 fp32 by kLanes bytes
 //   nibbles, pack_nibbles          kLanes/2 bytes <-> kLanes codes; even elements in the high nibble
 //   shift_right(U32, bits)         of each lane
+//   where(bits, F32)               lane i where bit i is set, else 0; other bits don't matter
 #pragma once
 #include <cmath>
 #include <cstdint>

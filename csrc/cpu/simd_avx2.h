@@ -117,6 +117,11 @@ inline void store_bytes(std::uint8_t* out, U32 x) {
 inline F32 lookup256(const float* table, const std::uint8_t* index) {
   return {_mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index)), 4)};
 }
+inline F32 where(std::uint32_t bits, F32 x) {
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
+  return {_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit)))};
+}
 inline U32 shift_right(U32 x, int bits) { return {_mm256_srli_epi32(x.v, bits)}; }
 
 }  // namespace peftk::PEFTK_TIER

@@ -114,6 +114,7 @@ inline void store_bytes(std::uint8_t* out, U32 x) { _mm_storeu_si128((__m128i*)o
   }
   return {part[0]};
 }
+inline F32 where(std::uint32_t bits, F32 x) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x.v)}; }
 inline U32 shift_right(U32 x, int bits) { return {_mm512_srli_epi32(x.v, static_cast<unsigned>(bits))}; }
 
 // 32 elements of 4 bits to bf16: even elements in one vector, odd ones in another, so that nibbles cost two operations.

@@ -152,6 +152,10 @@ inline F32 lookup256(const float* table, const std::uint8_t* index) {
   for (int i = 0; i < kLanes; i++) v.lane[i] = table[index[i]];
   return v;
 }
+inline F32 where(std::uint32_t bits, F32 x) {
+  for (int i = 0; i < kLanes; i++) x.lane[i] = bits >> i & 1u ? x.lane[i] : 0.0f;
+  return x;
+}
 inline U32 shift_right(U32 x, int bits) {
   for (std::uint32_t& lane : x.lane) lane >>= bits;
   return x;

@@ -45,7 +45,7 @@ void lora_linear(const void* w, std::int64_t w_stride, int w_turned, std::int64_
                  std::int64_t x_stride, std::int64_t m, int dtype, const void* z, std::int64_t z_stride, const void* a,
                  int a_dtype, const void* b, int b_dtype, std::int64_t r, float scale, const void* bias, std::uint32_t drop_below,
                  float keep_scale, std::uint64_t seed, void* y, void* s, int threads) {
-  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed, k}};
+  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
   with_type(x, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     const BaseDense<T> base{{static_cast<const T*>(w), w_stride}, w_turned != 0, n, k};
@@ -60,7 +60,7 @@ void lora_linear_backward(const void* w, std::int64_t w_stride, int w_turned, st
                           const void* a, int a_dtype, const void* b, int b_dtype, std::int64_t r, float scale,
                           std::uint32_t drop_below, float keep_scale, std::uint64_t seed, int z_is_x, void* dx, void* dz,
                           void* da, void* db, int threads) {
-  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed, k}};
+  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
   with_type(dy, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     const Gradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0, da, db};

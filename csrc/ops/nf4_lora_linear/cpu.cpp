@@ -39,7 +39,7 @@ void nf4_lora_linear(const std::uint8_t* packed, const void* absmax, const float
                      int a_dtype, const void* b, int b_dtype, std::int64_t r, float scale, const void* bias,
                      std::uint32_t drop_below, float keep_scale, std::uint64_t seed, void* y, void* s, int threads) {
   const Base4 w(make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type));
-  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed, k}};
+  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
   with_type(x, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     const Activations<T> given{rows, x_stride}, input{static_cast<const T*>(z), z_stride};
@@ -55,7 +55,7 @@ void nf4_lora_linear_backward(const std::uint8_t* packed, const void* absmax, co
                               std::int64_t r, float scale, std::uint32_t drop_below, float keep_scale, std::uint64_t seed,
                               int z_is_x, void* dx, void* dz, void* da, void* db, int threads) {
   const Base4 w(make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type));
-  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed, k}};
+  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
   with_type(dy, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     const Gradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0, da, db};

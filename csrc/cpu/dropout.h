@@ -1,0 +1,87 @@
+// Dropout by Philox: whether an element stays is a function of the seed and of its flat index. A pass over a matrix makes the
+// bits of all its elements first, since tiles and panels meet them in pieces of every shape. Knows no op.
+#pragma once
+#include "cpu/parallel.h"
+#include "cpu/philox.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace peftk::PEFTK_TIER {
+
+struct Dropout {
+  std::uint32_t drop_below = 0;  // p * 2^32; 0: no dropout
+  float keep_scale = 1.0f;
+  std::uint64_t seed = 0;
+};
+
+inline constexpr std::int64_t kKeepBits = 4 * kPhiloxLanes;  // elements of one call
+static_assert(kKeepBits == 64);
+
+// Bit i: element 64 * word + i stays.
+inline std::uint64_t keep_bits(const Dropout& dropout, std::int64_t word) {
+  const PhiloxWords random = philox(static_cast<std::uint64_t>(word) * kPhiloxLanes, dropout.seed);
+  std::uint64_t bits = 0;
+  for (int w = 0; w < 4; w++) {
+    std::uint64_t lanes = 0;
+    for (int i = 0; i < kPhiloxLanes; i++) lanes |= static_cast<std::uint64_t>(random.word[w][i] >= dropout.drop_below) << i;
+    lanes = (lanes | lanes << 24) & 0x000000ff000000ffu;  // bit i to bit 4 i
+    lanes = (lanes | lanes << 12) & 0x000f000f000f000fu;
+    lanes = (lanes | lanes << 6) & 0x0303030303030303u;
+    lanes = (lanes | lanes << 3) & 0x1111111111111111u;
+    bits |= lanes << w;
+  }
+  return bits;
+}
+
+// The bits of a matrix (m, columns), m * columns / 8 bytes.
+class KeepBits {
+ public:
+  KeepBits(const Dropout& dropout, std::int64_t m, std::int64_t columns, int threads)
+      : dropout_(dropout),
+        columns_(columns),
+        words_(dropout.drop_below ? (m * columns + kKeepBits - 1) / kKeepBits : 0),
+        memory_(sizeof(std::uint64_t) * static_cast<std::size_t>(words_ + 1)) {
+    auto* const words = memory_.as<std::uint64_t>();
+    parallel_for(words_, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t word = begin; word < end; word++) words[word] = keep_bits(dropout_, word);
+    });
+    words[words_] = 0;  // read together with the last one
+  }
+  bool all_stay() const { return words_ == 0; }
+
+  // Factors of kLanes elements from (row, position) on, keep_scale or 0; those past the matrix are anything.
+  F32 factors(std::int64_t row, std::int64_t position) const {
+    const std::int64_t flat = row * columns_ + position;
+    std::uint32_t bits;
+    std::memcpy(&bits, memory_.as<char>() + flat / 8, sizeof bits);
+    return where(bits >> flat % 8, broadcast(dropout_.keep_scale));
+  }
+
+ private:
+  Dropout dropout_;
+  std::int64_t columns_, words_;
+  Scratch memory_;
+};
+
+// Any source, dropped out.
+template <class Rows>
+struct DroppedRows {
+  const Rows& rows;
+  const KeepBits& keep;
+
+  bool aligned() const { return rows.aligned(); }
+  template <int N>
+  void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
+    rows.template read_whole<N>(row, position, v);
+    for (int j = 0; j < N; j++) v[j] = v[j] * keep.factors(row, position + j * kLanes);
+  }
+  template <int N>
+  void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
+    rows.template read<N>(row, position, count, v);
+    for (int j = 0; j < N; j++)
+      if (lanes_left(count, j)) v[j] = v[j] * keep.factors(row, position + j * kLanes);
+  }
+};
+
+}  // namespace peftk::PEFTK_TIER
