@@ -1,0 +1,170 @@
+// y = x W^T with x in 8 bits (int8.h) and a 4-bit W whose table is rounded to 8 bits: integer dots by vpdpbusd, the constants of
+// both sides scale them in fp32. Any number of rows of x; needs k and the blocks of W to be multiples of 64. Knows no op.
+//
+// vpdpbusd takes unsigned bytes on one side: the table is stored + 128, and 128 * (sum of q over a run) is taken off at the
+// start of each dot. vpermb reads bits 5:0 of an index, so a table repeated four times needs no masks: the low nibbles of 64
+// bytes (odd elements) are looked up as they lie, the high ones (even elements) after one shift.
+#pragma once
+#include "cpu/int8.h"
+#include "cpu/tile.h"
+
+namespace peftk::PEFTK_TIER {
+
+inline bool int8_fits(const Matrix4& w) {
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+  return w.k % kInt8Run == 0 && (1 << w.block_shift) >= kInt8Run;
+#else
+  (void)w;
+  return false;
+#endif
+}
+
+}  // namespace peftk::PEFTK_TIER
+
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace peftk::PEFTK_TIER {
+
+inline constexpr int kInt8Group = 128;      // weights in 64 bytes of a row
+inline constexpr int kInt8StripRows = 16;   // rows of x at once: as many chains of vpdpbusd
+inline constexpr std::int64_t kInt8Offset = 128;
+
+inline __m512i int8_table(const float* values) {
+  std::int8_t rounded[16];
+  round_table(values, rounded);
+  std::uint8_t bytes[16];
+  for (int code = 0; code < 16; code++) bytes[code] = static_cast<std::uint8_t>(rounded[code] + kInt8Offset);
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
+// ---- strips: 16 rows of W are turned as packed dwords, so lanes are rows of W and x is broadcast 4 bytes at a time -------------
+
+// M rows of x: cells [k / 8][odd, even][M] of 4 bytes, then for each run M starts of the dots and M scales / 127.
+template <int M>
+struct Int8Pass {
+  std::int32_t* cells;
+  std::int32_t* starts;
+  float* scales;
+
+  static std::int64_t size(std::int64_t k) { return M * (k / 4 + 2 * (k / kInt8Run)); }
+  Int8Pass(std::int32_t* memory, std::int64_t k)
+      : cells(memory), starts(memory + M * (k / 4)), scales(reinterpret_cast<float*>(starts + M * (k / kInt8Run))) {}
+};
+
+template <int M, class T>
+void pack_pass(const T* x, std::int64_t stride, std::int64_t count, std::int64_t k, Int8Pass<M> pass) {
+  const __m512i odd_even = _mm512_set4_epi32(0x0e0c0a08, 0x0f0d0b09, 0x06040200, 0x07050301);
+  for (std::int64_t run = 0; run < k / kInt8Run; run++)
+    for (int i = 0; i < M; i++) {
+      alignas(64) std::int8_t q[kInt8Run] = {};
+      const float scale = i < count ? quantize_run(x + i * stride + run * kInt8Run, kInt8Run, q) : 0.0f;
+      const __m512i bytes = _mm512_load_si512(q);
+      const __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
+      pass.starts[run * M + i] = -static_cast<std::int32_t>(kInt8Offset) * _mm512_reduce_add_epi32(fours);
+      pass.scales[run * M + i] = scale / kInt8Max;
+      alignas(64) std::int32_t dwords[kLanes];
+      _mm512_store_si512(dwords, _mm512_shuffle_epi8(bytes, odd_even));
+      for (int d = 0; d < kLanes; d++) pass.cells[(run * kLanes + d) * M + i] = dwords[d];
+    }
+}
+
+// sums[i] (16 rows of W) += 64 weights x M rows of x; weights [8 dwords][odd, even].
+template <int M>
+inline void strip_run(const __m512i* weights, const std::int32_t* cells, const std::int32_t* starts, const float* scales,
+                      __m512 constants, __m512* sums) {
+  __m512i dot[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++) dot[i] = _mm512_set1_epi32(starts[i]);
+#pragma GCC unroll 4
+  for (int d = 0; d < kLanes; d++) {
+    const __m512i weight = _mm512_load_si512(weights + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) dot[i] = _mm512_dpbusd_epi32(dot[i], weight, _mm512_set1_epi32(cells[d * M + i]));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+    sums[i] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot[i]), constants), _mm512_set1_ps(scales[i]), sums[i]);
+}
+
+// 16 rows of W with `passes` times M rows of x. constants [run][16 rows]; sums (passes * M) vectors.
+template <int M>
+void strip_int8(const Matrix4& w, std::int64_t first_row, const float* constants, __m512i table, std::int32_t* x, int passes,
+                __m512* sums) {
+  for (int i = 0; i < passes * M; i++) sums[i] = _mm512_setzero_ps();
+  for (std::int64_t start = 0; start < w.k; start += kInt8Group) {
+    const int runs = w.k - start < kInt8Group ? 1 : 2;
+    const __mmask64 bytes = runs == 1 ? 0xffffffff : ~__mmask64{0};
+    U32 square[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      const std::int64_t row = std::min(first_row + i, w.rows - 1);  // the last one again where none is left
+      const std::uint8_t* p = w.packed + (row * w.k + start) / 2;
+      _mm_prefetch(reinterpret_cast<const char*>(p + kLanes * w.k / 2), _MM_HINT_T0);  // the next strip
+      square[i].v = _mm512_maskz_loadu_epi8(bytes, p);
+    }
+    transpose(square);
+    __m512i weights[2 * kLanes];
+#pragma GCC unroll 16
+    for (int d = 0; d < kLanes; d++) {
+      weights[2 * d] = _mm512_permutexvar_epi8(square[d].v, table);
+      weights[2 * d + 1] = _mm512_permutexvar_epi8(_mm512_srli_epi32(square[d].v, 4), table);
+    }
+    for (int pass = 0; pass < passes; pass++) {
+      const Int8Pass<M> of(x + pass * Int8Pass<M>::size(w.k), w.k);
+      for (int r = 0; r < runs; r++) {
+        const std::int64_t run = start / kInt8Run + r;
+        strip_run<M>(weights + r * kLanes, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M,
+                     _mm512_loadu_ps(constants + run * kLanes), sums + pass * M);
+      }
+    }
+  }
+}
+
+inline constexpr int kInt8Rows = 128;                  // rows of x a strip meets at most
+inline constexpr std::int64_t kInt8Bytes = 512 << 10;  // of x that stay in the second-level cache
+
+// out(first row of W, rows of W, row of x, sums of the rows of W)
+template <int M, class T, class Out>
+void strips_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+  const std::int64_t size = Int8Pass<M>::size(w.k), runs = w.k / kInt8Run, slab = runs * kLanes;
+  const std::int64_t units = (w.rows + kLanes - 1) / kLanes, all = (m + M - 1) / M;
+  const int most = static_cast<int>(std::max<std::int64_t>(std::min<std::int64_t>(kInt8Rows, kInt8Bytes / w.k) / M, 1));
+  const Scratch memory(sizeof(float) * static_cast<std::size_t>(all * size + slab * std::max(threads, 1)));
+  auto* const cells = memory.as<std::int32_t>();
+  parallel_for(all, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t pass = begin; pass < end; pass++)
+      pack_pass<M>(x + pass * M * stride, stride, m - pass * M, w.k, Int8Pass<M>(cells + pass * size, w.k));
+  });
+  const __m512i table = int8_table(w.values);
+  for (std::int64_t pass = 0; pass < all; pass += most) {
+    const int passes = static_cast<int>(std::min<std::int64_t>(most, all - pass));
+    parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
+      float* const constants = memory.as<float>() + all * size + slab * thread;
+      for (std::int64_t unit = begin; unit < end; unit++) {
+        const std::int64_t first = unit * kLanes;
+        for (int i = 0; i < kLanes; i++) {
+          const std::int64_t flat = std::min(first + i, w.rows - 1) * w.k;
+          for (std::int64_t j = 0; j < runs; j++) constants[j * kLanes + i] = w.absmax[(flat + kInt8Run * j) >> w.block_shift];
+        }
+        __m512 sums[kInt8Rows];
+        strip_int8<M>(w, first, constants, table, cells + pass * size, passes, sums);
+        const int count = static_cast<int>(std::min<std::int64_t>(kLanes, w.rows - first));
+        for (std::int64_t i = 0; i < passes * M && pass * M + i < m; i++) out(first, count, pass * M + i, F32{sums[i]});
+      }
+    });
+  }
+}
+
+template <class T, class Out>
+void product_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+  if (m == 1) return strips_int8<1>(w, x, stride, m, threads, out);
+  if (m == 2) return strips_int8<2>(w, x, stride, m, threads, out);
+  if (m <= 4) return strips_int8<4>(w, x, stride, m, threads, out);
+  if (m <= 8) return strips_int8<8>(w, x, stride, m, threads, out);
+  return strips_int8<kInt8StripRows>(w, x, stride, m, threads, out);
+}
+
+}  // namespace peftk::PEFTK_TIER
+#endif
