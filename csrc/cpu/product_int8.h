@@ -22,6 +22,7 @@ inline bool int8_fits(const Matrix4& w) {
 }  // namespace peftk::PEFTK_TIER
 
 #ifdef PEFTK_TIER_IS_AVX512_BF16
+#include "cpu/constants_vbmi.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -70,18 +71,26 @@ void pack_pass(const T* x, std::int64_t stride, std::int64_t count, std::int64_t
     }
 }
 
+// sum + 4 products in each dword, x broadcast. GCC 12 makes a copy of each sum and a load of its own for x from the intrinsic.
+inline void add_dots(__m512i& sum, __m512i weights, const std::int32_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*x));
+}
+
 // sums[i] (16 rows of W) += 64 weights x M rows of x; weights [8 dwords][odd, even].
 template <int M>
 inline void strip_run(const __m512i* weights, const std::int32_t* cells, const std::int32_t* starts, const float* scales,
-                      __m512 constants, __m512* sums) {
+                      __m512 constants, __m512i table, __m512* sums) {
   __m512i dot[M];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++) dot[i] = _mm512_set1_epi32(starts[i]);
 #pragma GCC unroll 4
-  for (int d = 0; d < kLanes; d++) {
-    const __m512i weight = _mm512_load_si512(weights + d);
+  for (int d = 0; d < kLanes / 2; d++) {
+    const __m512i codes = _mm512_load_si512(weights + d);
+    const __m512i odd = _mm512_permutexvar_epi8(codes, table), even = _mm512_permutexvar_epi8(_mm512_srli_epi32(codes, 4), table);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; i++) dot[i] = _mm512_dpbusd_epi32(dot[i], weight, _mm512_set1_epi32(cells[d * M + i]));
+    for (int i = 0; i < M; i++) add_dots(dot[i], odd, cells + 2 * d * M + i);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) add_dots(dot[i], even, cells + (2 * d + 1) * M + i);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
@@ -90,35 +99,51 @@ inline void strip_run(const __m512i* weights, const std::int32_t* cells, const s
 
 // 16 rows of W with `passes` times M rows of x. constants [run][16 rows]; sums (passes * M) vectors.
 template <int M>
-void strip_int8(const Matrix4& w, std::int64_t first_row, const float* constants, __m512i table, std::int32_t* x, int passes,
-                __m512* sums) {
+void strip_int8(const std::uint8_t* const* rows, std::int64_t k, std::int64_t ahead, const float* constants, __m512i table,
+                std::int32_t* x, int passes, __m512* sums) {
   for (int i = 0; i < passes * M; i++) sums[i] = _mm512_setzero_ps();
-  for (std::int64_t start = 0; start < w.k; start += kInt8Group) {
-    const int runs = w.k - start < kInt8Group ? 1 : 2;
+  for (std::int64_t start = 0; start < k; start += kInt8Group) {
+    const int runs = k - start < kInt8Group ? 1 : 2;
     const __mmask64 bytes = runs == 1 ? 0xffffffff : ~__mmask64{0};
     U32 square[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) {
-      const std::int64_t row = std::min(first_row + i, w.rows - 1);  // the last one again where none is left
-      const std::uint8_t* p = w.packed + (row * w.k + start) / 2;
-      _mm_prefetch(reinterpret_cast<const char*>(p + kLanes * w.k / 2), _MM_HINT_T0);  // the next strip
+      const std::uint8_t* p = rows[i] + start / 2;
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T0);
       square[i].v = _mm512_maskz_loadu_epi8(bytes, p);
     }
     transpose(square);
-    __m512i weights[2 * kLanes];
-#pragma GCC unroll 16
-    for (int d = 0; d < kLanes; d++) {
-      weights[2 * d] = _mm512_permutexvar_epi8(square[d].v, table);
-      weights[2 * d + 1] = _mm512_permutexvar_epi8(_mm512_srli_epi32(square[d].v, 4), table);
-    }
-    for (int pass = 0; pass < passes; pass++) {
-      const Int8Pass<M> of(x + pass * Int8Pass<M>::size(w.k), w.k);
-      for (int r = 0; r < runs; r++) {
-        const std::int64_t run = start / kInt8Run + r;
-        strip_run<M>(weights + r * kLanes, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M,
-                     _mm512_loadu_ps(constants + run * kLanes), sums + pass * M);
+    for (int r = 0; r < runs; r++) {
+      const __m512i* weights = &square[r * 8].v;
+      const std::int64_t run = start / kInt8Run + r;
+      const __m512 scale = _mm512_loadu_ps(constants + run * kLanes);
+      for (int pass = 0; pass < passes; pass++) {
+        const Int8Pass<M> of(x + pass * Int8Pass<M>::size(k), k);
+        strip_run<M>(weights, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M, scale, table, sums + pass * M);
       }
     }
+  }
+}
+
+// The constants of each run of 16 rows from `first` on, [run][16]; `decoded`: room for those of all their blocks.
+inline void strip_constants(const Matrix4& w, const Constants& absmax, std::int64_t first, float* decoded, float* constants) {
+  const std::int64_t last = std::min(first + kLanes, w.rows), runs = w.k / kInt8Run, block = w.blocks_before(first);
+  absmax.read(block, w.blocks_until(last), decoded);
+  if (kInt8Run == 1 << w.block_shift && last == first + kLanes) {
+    for (std::int64_t run = 0; run < runs; run += kLanes) {
+      const int count = static_cast<int>(std::min<std::int64_t>(kLanes, runs - run));
+      U32 square[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        square[i].v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1u), decoded + i * runs + run);
+      transpose(square);
+      for (int j = 0; j < count; j++) _mm512_storeu_si512(constants + (run + j) * kLanes, square[j].v);
+    }
+    return;
+  }
+  for (int i = 0; i < kLanes; i++) {
+    const std::int64_t flat = std::min(first + i, last - 1) * w.k;
+    for (std::int64_t j = 0; j < runs; j++)
+      constants[j * kLanes + i] = decoded[((flat + kInt8Run * j) >> w.block_shift) - block];
   }
 }
 
@@ -128,7 +153,7 @@ inline constexpr std::int64_t kInt8Bytes = 512 << 10;  // of x that stay in the 
 // out(first row of W, rows of W, row of x, sums of the rows of W)
 template <int M, class T, class Out>
 void strips_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
-  const std::int64_t size = Int8Pass<M>::size(w.k), runs = w.k / kInt8Run, slab = runs * kLanes;
+  const std::int64_t size = Int8Pass<M>::size(w.k), runs = w.k / kInt8Run, slab = 2 * runs * kLanes;
   const std::int64_t units = (w.rows + kLanes - 1) / kLanes, all = (m + M - 1) / M;
   const int most = static_cast<int>(std::max<std::int64_t>(std::min<std::int64_t>(kInt8Rows, kInt8Bytes / w.k) / M, 1));
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(all * size + slab * std::max(threads, 1)));
@@ -138,18 +163,21 @@ void strips_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t
       pack_pass<M>(x + pass * M * stride, stride, m - pass * M, w.k, Int8Pass<M>(cells + pass * size, w.k));
   });
   const __m512i table = int8_table(w.values);
+  const Constants absmax(w.absmax);
   for (std::int64_t pass = 0; pass < all; pass += most) {
     const int passes = static_cast<int>(std::min<std::int64_t>(most, all - pass));
     parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
       float* const constants = memory.as<float>() + all * size + slab * thread;
       for (std::int64_t unit = begin; unit < end; unit++) {
         const std::int64_t first = unit * kLanes;
+        const std::uint8_t* rows[kLanes];
         for (int i = 0; i < kLanes; i++) {
-          const std::int64_t flat = std::min(first + i, w.rows - 1) * w.k;
-          for (std::int64_t j = 0; j < runs; j++) constants[j * kLanes + i] = w.absmax[(flat + kInt8Run * j) >> w.block_shift];
+          const std::int64_t row = std::min(first + i, w.rows - 1);  // the last one again where none is left
+          rows[i] = w.packed + row * w.k / 2;
         }
+        strip_constants(w, absmax, first, constants + runs * kLanes, constants);
         __m512 sums[kInt8Rows];
-        strip_int8<M>(w, first, constants, table, cells + pass * size, passes, sums);
+        strip_int8<M>(rows, w.k, kLanes * w.k / 2, constants, table, cells + pass * size, passes, sums);
         const int count = static_cast<int>(std::min<std::int64_t>(kLanes, w.rows - first));
         for (std::int64_t i = 0; i < passes * M && pass * M + i < m; i++) out(first, count, pass * M + i, F32{sums[i]});
       }
