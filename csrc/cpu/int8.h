@@ -9,7 +9,7 @@
 
 namespace peftk::PEFTK_TIER {
 
-inline constexpr int kInt8Run = 64;
+inline constexpr int kInt8Shift = 6, kInt8Run = 1 << kInt8Shift;
 inline constexpr float kInt8Max = 127.0f;
 inline constexpr float kInt8Floor = 0x1p-100f;  // keeps scales, and products of scales, out of the denormals
 
@@ -23,10 +23,15 @@ inline std::int8_t nearest_int8(float x) {
   return static_cast<std::int8_t>(bits & 0xff);
 }
 
-// The 4-bit table in units of 1/127.
-inline void round_table(const float* values, std::int8_t* rounded) {
-  for (int code = 0; code < 16; code++) rounded[code] = nearest_int8(kInt8Max * values[code]);
-}
+// A 4-bit code's table in 8 bits, in units of 1 / scale.
+struct Table8 {
+  std::int8_t value[16];
+  float scale;
+
+  explicit Table8(const Code4& code) : scale(code.int8_scale) {
+    for (int i = 0; i < 16; i++) value[i] = nearest_int8(scale * code.value[i]);
+  }
+};
 
 // q[0 .. kInt8Run) of x[0 .. count), then zeros; returns the scale.
 template <class T>

@@ -12,7 +12,7 @@ namespace peftk::PEFTK_TIER {
 
 inline bool int8_fits(const Matrix4& w) {
 #ifdef PEFTK_TIER_IS_AVX512_BF16
-  return w.k % kInt8Run == 0 && (1 << w.block_shift) >= kInt8Run;
+  return w.k > 0 && w.k % kInt8Run == 0 && w.block_shift >= kInt8Shift;
 #else
   (void)w;
   return false;
@@ -28,21 +28,25 @@ inline bool int8_fits(const Matrix4& w) {
 
 namespace peftk::PEFTK_TIER {
 
-inline constexpr int kInt8Group = 128;      // weights in 64 bytes of a row
-inline constexpr int kInt8StripRows = 16;   // rows of x at once: as many chains of vpdpbusd
+inline constexpr int kInt8Group = 128;  // weights in 64 bytes of a row
 inline constexpr std::int64_t kInt8Offset = 128;
 
-inline __m512i int8_table(const float* values) {
-  std::int8_t rounded[16];
-  round_table(values, rounded);
+inline __m512i offset_table(const Table8& table) {
   std::uint8_t bytes[16];
-  for (int code = 0; code < 16; code++) bytes[code] = static_cast<std::uint8_t>(rounded[code] + kInt8Offset);
+  for (int code = 0; code < 16; code++) bytes[code] = static_cast<std::uint8_t>(table.value[code] + kInt8Offset);
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
 
-// ---- strips: 16 rows of W are turned as packed dwords, so lanes are rows of W and x is broadcast 4 bytes at a time -------------
+// ---- strips: 16 rows of W are turned as packed dwords, so lanes are rows of W and x is broadcast 4 bytes at a time
 
-// M rows of x: cells [k / 8][odd, even][M] of 4 bytes, then for each run M starts of the dots and M scales / 127.
+// Rows of x at once, as many chains of vpdpbusd: 376 Gop/s at m = 128 where 8 give 348 and 24 give 375.
+inline constexpr int kInt8StripRows = 16;
+// Rows of x that a strip meets at most: 344 Gop/s with 32, 366 with 64, 380 with 256.
+inline constexpr int kInt8Rows = 128;
+inline constexpr std::int64_t kInt8Bytes = 512 << 10;  // of them, so that they stay in the second-level cache
+
+// M rows of x: cells [k / 8][odd, even][M] of 4 bytes, then for each run M starts of the dots and M scales
+// in units of the table.
 template <int M>
 struct Int8Pass {
   std::int32_t* cells;
@@ -55,7 +59,7 @@ struct Int8Pass {
 };
 
 template <int M, class T>
-void pack_pass(const T* x, std::int64_t stride, std::int64_t count, std::int64_t k, Int8Pass<M> pass) {
+void pack_pass(const T* x, std::int64_t stride, std::int64_t count, std::int64_t k, float unit, Int8Pass<M> pass) {
   const __m512i odd_even = _mm512_set4_epi32(0x0e0c0a08, 0x0f0d0b09, 0x06040200, 0x07050301);
   for (std::int64_t run = 0; run < k / kInt8Run; run++)
     for (int i = 0; i < M; i++) {
@@ -64,7 +68,7 @@ void pack_pass(const T* x, std::int64_t stride, std::int64_t count, std::int64_t
       const __m512i bytes = _mm512_load_si512(q);
       const __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
       pass.starts[run * M + i] = -static_cast<std::int32_t>(kInt8Offset) * _mm512_reduce_add_epi32(fours);
-      pass.scales[run * M + i] = scale / kInt8Max;
+      pass.scales[run * M + i] = scale / unit;
       alignas(64) std::int32_t dwords[kLanes];
       _mm512_store_si512(dwords, _mm512_shuffle_epi8(bytes, odd_even));
       for (int d = 0; d < kLanes; d++) pass.cells[(run * kLanes + d) * M + i] = dwords[d];
@@ -76,17 +80,18 @@ inline void add_dots(__m512i& sum, __m512i weights, const std::int32_t* x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*x));
 }
 
-// sums[i] (16 rows of W) += 64 weights x M rows of x; weights [8 dwords][odd, even].
+// sums[i] (16 rows of W) += 64 weights x M rows of x, from 8 turned dwords. Decoded again for each M rows: stores and loads of
+// decoded weights cost 5 % more at m = 128, and twice that at m = 8, where they can't run beside the dots.
 template <int M>
-inline void strip_run(const __m512i* weights, const std::int32_t* cells, const std::int32_t* starts, const float* scales,
+inline void strip_run(const U32* turned, const std::int32_t* cells, const std::int32_t* starts, const float* scales,
                       __m512 constants, __m512i table, __m512* sums) {
   __m512i dot[M];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++) dot[i] = _mm512_set1_epi32(starts[i]);
 #pragma GCC unroll 4
   for (int d = 0; d < kLanes / 2; d++) {
-    const __m512i codes = _mm512_load_si512(weights + d);
-    const __m512i odd = _mm512_permutexvar_epi8(codes, table), even = _mm512_permutexvar_epi8(_mm512_srli_epi32(codes, 4), table);
+    const __m512i odd = _mm512_permutexvar_epi8(turned[d].v, table);
+    const __m512i even = _mm512_permutexvar_epi8(_mm512_srli_epi32(turned[d].v, 4), table);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) add_dots(dot[i], odd, cells + 2 * d * M + i);
 #pragma GCC unroll 16
@@ -97,7 +102,8 @@ inline void strip_run(const __m512i* weights, const std::int32_t* cells, const s
     sums[i] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot[i]), constants), _mm512_set1_ps(scales[i]), sums[i]);
 }
 
-// 16 rows of W with `passes` times M rows of x. constants [run][16 rows]; sums (passes * M) vectors.
+// 16 rows of W with `passes` times M rows of x. `ahead`: bytes to what is wanted next; constants [run][16 rows]; sums
+// (passes * M) vectors.
 template <int M>
 void strip_int8(const std::uint8_t* const* rows, std::int64_t k, std::int64_t ahead, const float* constants, __m512i table,
                 std::int32_t* x, int passes, __m512* sums) {
@@ -114,12 +120,12 @@ void strip_int8(const std::uint8_t* const* rows, std::int64_t k, std::int64_t ah
     }
     transpose(square);
     for (int r = 0; r < runs; r++) {
-      const __m512i* weights = &square[r * 8].v;
       const std::int64_t run = start / kInt8Run + r;
-      const __m512 scale = _mm512_loadu_ps(constants + run * kLanes);
+      const __m512 of_run = _mm512_loadu_ps(constants + run * kLanes);
       for (int pass = 0; pass < passes; pass++) {
         const Int8Pass<M> of(x + pass * Int8Pass<M>::size(k), k);
-        strip_run<M>(weights, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M, scale, table, sums + pass * M);
+        strip_run<M>(square + 8 * r, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M, of_run, table,
+                     sums + pass * M);
       }
     }
   }
@@ -129,7 +135,7 @@ void strip_int8(const std::uint8_t* const* rows, std::int64_t k, std::int64_t ah
 inline void strip_constants(const Matrix4& w, const Constants& absmax, std::int64_t first, float* decoded, float* constants) {
   const std::int64_t last = std::min(first + kLanes, w.rows), runs = w.k / kInt8Run, block = w.blocks_before(first);
   absmax.read(block, w.blocks_until(last), decoded);
-  if (kInt8Run == 1 << w.block_shift && last == first + kLanes) {
+  if (w.block_shift == kInt8Shift && last == first + kLanes) {
     for (std::int64_t run = 0; run < runs; run += kLanes) {
       const int count = static_cast<int>(std::min<std::int64_t>(kLanes, runs - run));
       U32 square[kLanes];
@@ -142,17 +148,12 @@ inline void strip_constants(const Matrix4& w, const Constants& absmax, std::int6
   }
   for (int i = 0; i < kLanes; i++) {
     const std::int64_t flat = std::min(first + i, last - 1) * w.k;
-    for (std::int64_t j = 0; j < runs; j++)
-      constants[j * kLanes + i] = decoded[((flat + kInt8Run * j) >> w.block_shift) - block];
+    for (std::int64_t j = 0; j < runs; j++) constants[j * kLanes + i] = decoded[((flat + kInt8Run * j) >> w.block_shift) - block];
   }
 }
 
-inline constexpr int kInt8Rows = 128;                  // rows of x a strip meets at most
-inline constexpr std::int64_t kInt8Bytes = 512 << 10;  // of x that stay in the second-level cache
-
-// out(first row of W, rows of W, row of x, sums of the rows of W)
 template <int M, class T, class Out>
-void strips_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+void strips_int8(const Matrix4& w, const Table8& table8, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
   const std::int64_t size = Int8Pass<M>::size(w.k), runs = w.k / kInt8Run, slab = 2 * runs * kLanes;
   const std::int64_t units = (w.rows + kLanes - 1) / kLanes, all = (m + M - 1) / M;
   const int most = static_cast<int>(std::max<std::int64_t>(std::min<std::int64_t>(kInt8Rows, kInt8Bytes / w.k) / M, 1));
@@ -160,9 +161,9 @@ void strips_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t
   auto* const cells = memory.as<std::int32_t>();
   parallel_for(all, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t pass = begin; pass < end; pass++)
-      pack_pass<M>(x + pass * M * stride, stride, m - pass * M, w.k, Int8Pass<M>(cells + pass * size, w.k));
+      pack_pass<M>(x + pass * M * stride, stride, m - pass * M, w.k, table8.scale, Int8Pass<M>(cells + pass * size, w.k));
   });
-  const __m512i table = int8_table(w.values);
+  const __m512i table = offset_table(table8);
   const Constants absmax(w.absmax);
   for (std::int64_t pass = 0; pass < all; pass += most) {
     const int passes = static_cast<int>(std::min<std::int64_t>(most, all - pass));
@@ -185,13 +186,126 @@ void strips_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t
   }
 }
 
+// ---- one row of x: lanes run along k, nothing is turned, x is read 64 bytes at a time. Two rows take as long as in strips.
+
+// Rows of W at once, which share the loads of x: 0.27 ms for 4096 x 4096, 0.31 with 2, 0.29 with 8.
+inline constexpr int kInt8Quad = 4;
+
+// For each kInt8Group of k: 64 odd elements, 64 even ones, and the starts of the 16 dots; then the scales of
+// the runs in units of the table.
+struct Int8Row {
+  std::int32_t* groups;
+  float* scales;
+
+  static constexpr int kStep = 3 * kLanes;
+  static std::int64_t count(std::int64_t k) { return (k + kInt8Group - 1) / kInt8Group; }
+  static std::int64_t size(std::int64_t k) { return count(k) * (kStep + kInt8Group / kInt8Run); }
+  Int8Row(std::int32_t* memory, std::int64_t k) : groups(memory), scales(reinterpret_cast<float*>(memory + count(k) * kStep)) {}
+};
+
+template <class T>
+void pack_row(const T* x, std::int64_t k, float unit, Int8Row row) {
+  for (std::int64_t start = 0; start < k; start += kInt8Group, row.groups += Int8Row::kStep, row.scales += 2) {
+    std::int8_t q[kInt8Group] = {};
+    row.scales[0] = quantize_run(x + start, kInt8Run, q) / unit;
+    row.scales[1] = start + kInt8Run < k ? quantize_run(x + start + kInt8Run, kInt8Run, q + kInt8Run) / unit : 0.0f;
+    auto* const bytes = reinterpret_cast<std::int8_t*>(row.groups);
+    for (int j = 0; j < kInt8Group / 2; j++) bytes[j] = q[2 * j + 1], bytes[kInt8Group / 2 + j] = q[2 * j];
+    for (int l = 0; l < kLanes; l++) {
+      int sum = 0;
+      for (int j = 0; j < 8; j++) sum += q[8 * l + j];
+      row.groups[2 * kLanes + l] = -static_cast<std::int32_t>(kInt8Offset) * sum;
+    }
+  }
+}
+
+// sums[r] = lanes along k of kInt8Quad rows of W with x. factors[r]: absmax * scale of each run, zeros beyond k.
+inline void quad_int8(const std::uint8_t* const* rows, std::int64_t k, std::int64_t ahead, const float* const* factors,
+                      __m512i table, const std::int32_t* x, __m512* sums) {
+  const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  __m512 sum[kInt8Quad];
+  for (__m512& s : sum) s = _mm512_setzero_ps();
+  const auto step = [&](std::int64_t group, __mmask64 bytes) {
+    const std::int32_t* q = x + group * Int8Row::kStep;
+    const __m512i x_odd = _mm512_load_si512(q), x_even = _mm512_load_si512(q + kLanes);
+    const __m512i starts = _mm512_load_si512(q + 2 * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kInt8Quad; r++) {
+      const std::uint8_t* p = rows[r] + group * (kInt8Group / 2);
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T0);
+      const __m512i codes = _mm512_maskz_loadu_epi8(bytes, p);
+      __m512i dot = _mm512_dpbusd_epi32(starts, _mm512_permutexvar_epi8(codes, table), x_odd);
+      dot = _mm512_dpbusd_epi32(dot, _mm512_permutexvar_epi8(_mm512_srli_epi32(codes, 4), table), x_even);
+      const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(factors[r] + 2 * group));
+      const __m512 factor = _mm512_permutexvar_ps(halves, _mm512_castsi512_ps(_mm512_broadcastq_epi64(pair)));
+      sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, sum[r]);
+    }
+  };
+  const std::int64_t groups = k / kInt8Group;
+  for (std::int64_t group = 0; group < groups; group++) step(group, ~__mmask64{0});
+  if (k % kInt8Group) step(groups, 0xffffffff);
+  for (int r = 0; r < kInt8Quad; r++) sums[r] = sum[r];
+}
+
+// Lane i: the sum of the lanes of rows[i].
+inline F32 sum_each(const __m512* rows) {
+  U32 square[kLanes];
+  for (int i = 0; i < kLanes; i++) square[i].v = _mm512_castps_si512(rows[i]);
+  transpose(square);
+  __m512 sum[kLanes];
+  for (int i = 0; i < kLanes; i++) sum[i] = _mm512_castsi512_ps(square[i].v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) sum[i] = _mm512_add_ps(sum[i], sum[i + half]);
+  return {sum[0]};
+}
+
 template <class T, class Out>
-void product_int8(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
-  if (m == 1) return strips_int8<1>(w, x, stride, m, threads, out);
-  if (m == 2) return strips_int8<2>(w, x, stride, m, threads, out);
-  if (m <= 4) return strips_int8<4>(w, x, stride, m, threads, out);
-  if (m <= 8) return strips_int8<8>(w, x, stride, m, threads, out);
-  return strips_int8<kInt8StripRows>(w, x, stride, m, threads, out);
+void row_int8(const Matrix4& w, const Table8& table8, const T* x, int threads, Out out) {
+  const std::int64_t runs = w.k / kInt8Run, padded = runs + runs % 2, units = (w.rows + kLanes - 1) / kLanes;
+  const std::int64_t size = Int8Row::size(w.k), slab = kLanes * runs + kInt8Quad * padded;
+  const Scratch memory(sizeof(float) * static_cast<std::size_t>(size + slab * std::max(threads, 1)));
+  const Int8Row row(memory.as<std::int32_t>(), w.k);
+  pack_row(x, w.k, table8.scale, row);
+  const __m512i table = offset_table(table8);
+  const Constants absmax(w.absmax);
+  parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
+    float* const decoded = memory.as<float>() + size + slab * thread;
+    float* const products = decoded + kLanes * runs;
+    std::memset(products, 0, sizeof(float) * static_cast<std::size_t>(kInt8Quad * padded));
+    for (std::int64_t unit = begin; unit < end; unit++) {
+      const std::int64_t first = unit * kLanes, last = std::min(first + kLanes, w.rows), block = w.blocks_before(first);
+      absmax.read(block, w.blocks_until(last), decoded);
+      __m512 sums[kLanes];
+      for (int quad = 0; quad < kLanes; quad += kInt8Quad) {
+        const std::uint8_t* rows[kInt8Quad];
+        const float* factors[kInt8Quad];
+        for (int r = 0; r < kInt8Quad; r++) {
+          const std::int64_t flat = std::min(first + quad + r, last - 1) * w.k;  // the last one again where none is left
+          float* const product = products + r * padded;
+          if (w.block_shift == kInt8Shift)
+            for (std::int64_t j = 0; j < runs; j++) product[j] = decoded[flat / kInt8Run - block + j] * row.scales[j];
+          else
+            for (std::int64_t j = 0; j < runs; j++)
+              product[j] = decoded[((flat + kInt8Run * j) >> w.block_shift) - block] * row.scales[j];
+          rows[r] = w.packed + flat / 2;
+          factors[r] = product;
+        }
+        quad_int8(rows, w.k, kInt8Quad * w.k / 2, factors, table, row.groups, sums + quad);
+      }
+      out(first, static_cast<int>(last - first), 0, sum_each(sums));
+    }
+  });
+}
+
+// out(first row of W, rows of W, row of x, sums of the rows of W) for all of them.
+template <class T, class Out>
+void product_int8(const Matrix4& w, const Table8& table, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+  if (m == 1) return row_int8(w, table, x, threads, out);
+  if (m == 2) return strips_int8<2>(w, table, x, stride, m, threads, out);
+  if (m <= 4) return strips_int8<4>(w, table, x, stride, m, threads, out);
+  if (m <= 64 && (m - 1) % kInt8StripRows < 8)
+    return strips_int8<8>(w, table, x, stride, m, threads, out);  // 16 would waste more
+  return strips_int8<kInt8StripRows>(w, table, x, stride, m, threads, out);
 }
 
 }  // namespace peftk::PEFTK_TIER

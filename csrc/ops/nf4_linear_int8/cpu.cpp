@@ -10,9 +10,10 @@ namespace peftk::PEFTK_TIER {
 namespace {
 
 template <class T>
-void integer_dots(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
+void integer_dots(const Matrix4& w, const Table8& table, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y,
+                  int threads) {
 #ifdef PEFTK_TIER_IS_AVX512_BF16
-  product_int8(w, x, stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+  product_int8(w, table, x, stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
     T* const p = y + i * w.rows + row;
     if (count == kLanes) return store(p, bias ? sums + load(bias + row) : sums);
     float lanes[kLanes];
@@ -20,7 +21,7 @@ void integer_dots(const Matrix4& w, const T* x, std::int64_t stride, std::int64_
     for (int l = 0; l < count; l++) p[l] = narrow<T>(bias ? lanes[l] + widen(bias[row + l]) : lanes[l]);
   });
 #else
-  (void)w, (void)x, (void)stride, (void)m, (void)bias, (void)y, (void)threads;
+  (void)w, (void)table, (void)x, (void)stride, (void)m, (void)bias, (void)y, (void)threads;
 #endif
 }
 
@@ -57,16 +58,14 @@ void rounded_product(const Matrix4& w, const float* x, std::int64_t m, const T* 
 }
 
 template <class T>
-void forward(Matrix4 w, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
+void forward(Matrix4 w, const Table8& table, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
   if (int8_fits(w)) {
     for (std::int64_t first = 0; first < m; first += kRowBlock)
-      integer_dots(w, x + first * stride, stride, std::min(m - first, kRowBlock), bias, y + first * w.rows, threads);
+      integer_dots(w, table, x + first * stride, stride, std::min(m - first, kRowBlock), bias, y + first * w.rows, threads);
     return;
   }
-  std::int8_t codes[16];
   float values[16];
-  round_table(w.values, codes);
-  for (int code = 0; code < 16; code++) values[code] = static_cast<float>(codes[code]) / kInt8Max;
+  for (int code = 0; code < 16; code++) values[code] = static_cast<float>(table.value[code]) / table.scale;
   w.values = values;
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(std::min(m, kRowBlock) * w.k));
   for (std::int64_t first = 0; first < m; first += kRowBlock) {
@@ -84,7 +83,7 @@ void nf4_linear_int8(const std::uint8_t* packed, const void* absmax, const float
   const Matrix4 w = make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type);
   with_type(x, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
-    forward<T>(w, rows, x_stride, m, static_cast<const T*>(bias), static_cast<T*>(y), threads);
+    forward<T>(w, Table8(code4(quant_type)), rows, x_stride, m, static_cast<const T*>(bias), static_cast<T*>(y), threads);
   });
 }
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import pad
 
-from peftk.format.code4 import values4
+from peftk.format.code4 import code4, values4
 from peftk.ops.dispatch import Implementation, no_reason
 from peftk.ops.nf4_dequantize.reference import scales
 
@@ -27,8 +27,9 @@ def run(x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_typ
     packed = packed.reshape(-1)
     codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: n * k]
     constants = scales(absmax, absmax_scale, absmax_offset).to(wide).repeat_interleave(block_size)[: n * k]
-    table = (127 * values4(quant_type, packed.device)).round().to(wide)
-    w = (table[codes.int()] * (constants / 127)).view(n, k)
+    scale = code4(quant_type).int8_scale
+    table = (scale * values4(quant_type, packed.device)).round().to(wide)
+    w = (table[codes.int()] * (constants / scale)).view(n, k)
     y = round_rows(x.to(wide)) @ w.T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
