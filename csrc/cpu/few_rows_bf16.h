@@ -81,11 +81,7 @@ F32 few_sums(const std::uint8_t* const* rows, const float* const* scales, std::i
   U32 square[kFewSums];
   for (int r = 0; r < kRows; r += kAtOnce)
     few_lanes<M, kAtOnce>(rows + r, scales + r, k, table, x, x_stride, ahead, square + r * M);
-  transpose(square);
-  for (int half = kFewSums / 2; half; half /= 2)
-    for (int i = 0; i < half; i++)
-      square[i].v = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(square[i].v), _mm512_castsi512_ps(square[i + half].v)));
-  return {_mm512_castsi512_ps(square[0].v)};
+  return sum_lanes(square);
 }
 
 // out(row of W, row of x, sum) for all of them; m any.

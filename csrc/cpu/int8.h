@@ -1,19 +1,14 @@
-// Rows of x in 8 bits: each run of kInt8Run neighbours along k has a scale of its own, scale = max|x| / 127, and
+// Rows of x in 8 bits: each run of kRun neighbours along k has a scale of its own, scale = max|x| / 127, and
 // q = x / scale rounded to nearest even. Knows no op.
 //
 // A run whose max|x| lies below kInt8Floor counts as zero: scale 0. A run with Inf or NaN has the scale NaN and q = 0.
 #pragma once
-#include <algorithm>
-
-#include "cpu/rows.h"
+#include "cpu/matrix4.h"
 
 namespace peftk::PEFTK_TIER {
 
-inline constexpr int kInt8Shift = 6, kInt8Run = 1 << kInt8Shift;
 inline constexpr float kInt8Max = 127.0f;
 inline constexpr float kInt8Floor = 0x1p-100f;  // keeps scales, and products of scales, out of the denormals
-
-inline std::int64_t int8_runs(std::int64_t k) { return (k + kInt8Run - 1) / kInt8Run; }
 
 // To nearest even, |x| < 2^22: the sum has no bits left below 1, and its low byte is the integer.
 inline std::int8_t nearest_int8(float x) {
@@ -33,10 +28,10 @@ struct Table8 {
   }
 };
 
-// q[0 .. kInt8Run) of x[0 .. count), then zeros; returns the scale.
+// q[0 .. kRun) of x[0 .. count), then zeros; returns the scale.
 template <class T>
 float quantize_run(const T* x, int count, std::int8_t* q) {
-  constexpr int kVectors = kInt8Run / kLanes;
+  constexpr int kVectors = static_cast<int>(kRun) / kLanes;
   F32 v[kVectors];
   DenseRows<T>{x, 0}.template read<kVectors>(0, 0, count, v);
   U32 most = zero_bits();
@@ -46,13 +41,13 @@ float quantize_run(const T* x, int count, std::int8_t* q) {
   std::memcpy(&max, &bits, 4);
   const bool is_finite = bits < 0x7f800000u;
   if (!is_finite || max < kInt8Floor) {
-    std::memset(q, 0, kInt8Run);
+    std::memset(q, 0, kRun);
     return is_finite ? 0.0f : __builtin_nanf("");
   }
   const float scale = max / kInt8Max;
-  float values[kInt8Run];
+  float values[kRun];
   for (int i = 0; i < kVectors; i++) store(values + i * kLanes, v[i]);
-  for (int i = 0; i < kInt8Run; i++) q[i] = nearest_int8(values[i] / scale);
+  for (int i = 0; i < kRun; i++) q[i] = nearest_int8(values[i] / scale);
   return scale;
 }
 

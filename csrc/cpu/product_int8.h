@@ -6,13 +6,12 @@
 // bytes (odd elements) are looked up as they lie, the high ones (even elements) after one shift.
 #pragma once
 #include "cpu/int8.h"
-#include "cpu/tile.h"
 
 namespace peftk::PEFTK_TIER {
 
 inline bool int8_fits(const Matrix4& w) {
 #ifdef PEFTK_TIER_IS_AVX512_BF16
-  return w.k > 0 && w.k % kInt8Run == 0 && w.block_shift >= kInt8Shift;
+  return w.k > 0 && in_runs(w);
 #else
   (void)w;
   return false;
@@ -22,7 +21,8 @@ inline bool int8_fits(const Matrix4& w) {
 }  // namespace peftk::PEFTK_TIER
 
 #ifdef PEFTK_TIER_IS_AVX512_BF16
-#include "cpu/constants_vbmi.h"
+#include <algorithm>
+
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -63,18 +63,18 @@ struct Int8Pass {
   std::int32_t* starts;
   float* scales;
 
-  static std::int64_t size(std::int64_t k) { return M * (k / 4 + 2 * (k / kInt8Run)); }
+  static std::int64_t size(std::int64_t k) { return M * (k / 4 + 2 * (k / kRun)); }
   Int8Pass(std::int32_t* memory, std::int64_t k)
-      : cells(memory), starts(memory + M * (k / 4)), scales(reinterpret_cast<float*>(starts + M * (k / kInt8Run))) {}
+      : cells(memory), starts(memory + M * (k / 4)), scales(reinterpret_cast<float*>(starts + M * (k / kRun))) {}
 };
 
 template <int M, class T>
 void pack_pass(const T* x, std::int64_t stride, std::int64_t count, std::int64_t k, float unit, Int8Pass<M> pass) {
   const __m512i odd_even = _mm512_set4_epi32(0x0e0c0a08, 0x0f0d0b09, 0x06040200, 0x07050301);
-  for (std::int64_t run = 0; run < k / kInt8Run; run++)
+  for (std::int64_t run = 0; run < k / kRun; run++)
     for (int i = 0; i < M; i++) {
-      alignas(64) std::int8_t q[kInt8Run] = {};
-      const float scale = i < count ? quantize_run(x + i * stride + run * kInt8Run, kInt8Run, q) : 0.0f;
+      alignas(64) std::int8_t q[kRun] = {};
+      const float scale = i < count ? quantize_run(x + i * stride + run * kRun, kRun, q) : 0.0f;
       const __m512i bytes = _mm512_load_si512(q);
       const __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
       pass.starts[run * M + i] = -static_cast<std::int32_t>(kInt8Offset) * _mm512_reduce_add_epi32(fours);
@@ -93,8 +93,8 @@ inline void add_dots(__m512i& sum, __m512i weights, const std::int32_t* x) {
 // sums[i] (16 rows of W) += 64 weights x M rows of x, from 8 turned dwords. Decoded again for each M rows: stores and loads of
 // decoded weights cost 5 % more at m = 128, and twice that at m = 8, where they can't run beside the dots.
 template <int M>
-inline void strip_run(const U32* turned, const std::int32_t* cells, const std::int32_t* starts, const float* scales,
-                      __m512 constants, __m512i table, __m512* sums) {
+inline void int8_run(const U32* turned, const std::int32_t* cells, const std::int32_t* starts, const float* scales,
+                     __m512 constants, __m512i table, __m512* sums) {
   __m512i dot[M];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++) dot[i] = _mm512_set1_epi32(starts[i]);
@@ -114,7 +114,7 @@ inline void strip_run(const U32* turned, const std::int32_t* cells, const std::i
 
 // 16 rows of W with `passes` times M rows of x. constants [run][16 rows]; sums (passes * M) vectors.
 template <int M>
-void strip_int8(const std::uint8_t* const* rows, std::int64_t k, const float* constants, __m512i table, std::int32_t* x,
+void int8_strip(const std::uint8_t* const* rows, std::int64_t k, const float* constants, __m512i table, std::int32_t* x,
                 int passes, __m512* sums) {
   for (int i = 0; i < passes * M; i++) sums[i] = _mm512_setzero_ps();
   for (std::int64_t start = 0; start < k; start += kInt8Group) {
@@ -128,41 +128,20 @@ void strip_int8(const std::uint8_t* const* rows, std::int64_t k, const float* co
     }
     transpose(square);
     for (int r = 0; r < runs; r++) {
-      const std::int64_t run = start / kInt8Run + r;
+      const std::int64_t run = start / kRun + r;
       const __m512 of_run = _mm512_loadu_ps(constants + run * kLanes);
       for (int pass = 0; pass < passes; pass++) {
         const Int8Pass<M> of(x + pass * Int8Pass<M>::size(k), k);
-        strip_run<M>(square + 8 * r, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M, of_run, table,
-                     sums + pass * M);
+        int8_run<M>(square + 8 * r, of.cells + run * (kLanes * M), of.starts + run * M, of.scales + run * M, of_run, table,
+                    sums + pass * M);
       }
     }
   }
 }
 
-// The constants of each run of 16 rows from `first` on, [run][16]; `decoded`: room for those of all their blocks.
-inline void strip_constants(const Matrix4& w, const Constants& absmax, std::int64_t first, float* decoded, float* constants) {
-  const std::int64_t last = std::min(first + kLanes, w.rows), runs = w.k / kInt8Run, block = w.blocks_before(first);
-  absmax.read(block, w.blocks_until(last), decoded);
-  if (w.block_shift == kInt8Shift && last == first + kLanes) {
-    for (std::int64_t run = 0; run < runs; run += kLanes) {
-      const int count = static_cast<int>(std::min<std::int64_t>(kLanes, runs - run));
-      U32 square[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        square[i].v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1u), decoded + i * runs + run);
-      transpose(square);
-      for (int j = 0; j < count; j++) _mm512_storeu_si512(constants + (run + j) * kLanes, square[j].v);
-    }
-    return;
-  }
-  for (int i = 0; i < kLanes; i++) {
-    const std::int64_t flat = std::min(first + i, last - 1) * w.k;
-    for (std::int64_t j = 0; j < runs; j++) constants[j * kLanes + i] = decoded[((flat + kInt8Run * j) >> w.block_shift) - block];
-  }
-}
-
 template <int M, class T, class Out>
 void strips_int8(const Matrix4& w, const Table8& table8, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
-  const std::int64_t size = Int8Pass<M>::size(w.k), runs = w.k / kInt8Run, slab = 2 * runs * kLanes;
+  const std::int64_t size = Int8Pass<M>::size(w.k), runs = w.k / kRun, slab = runs * kLanes;
   const std::int64_t units = (w.rows + kLanes - 1) / kLanes, all = (m + M - 1) / M;
   const int most = static_cast<int>(std::max<std::int64_t>(std::min<std::int64_t>(kInt8Rows, kInt8Bytes / w.k) / M, 1));
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(all * size + slab * std::max(threads, 1)));
@@ -172,7 +151,6 @@ void strips_int8(const Matrix4& w, const Table8& table8, const T* x, std::int64_
       pack_pass<M>(x + pass * M * stride, stride, m - pass * M, w.k, table8.scale, Int8Pass<M>(cells + pass * size, w.k));
   });
   const __m512i table = offset_table(table8);
-  const Constants absmax(w.absmax);
   for (std::int64_t pass = 0; pass < all; pass += most) {
     const int passes = static_cast<int>(std::min<std::int64_t>(most, all - pass));
     parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
@@ -184,9 +162,9 @@ void strips_int8(const Matrix4& w, const Table8& table8, const T* x, std::int64_
           const std::int64_t row = std::min(first + i, w.rows - 1);  // the last one again where none is left
           rows[i] = w.packed + row * w.k / 2;
         }
-        strip_constants(w, absmax, first, constants + runs * kLanes, constants);
+        turn_constants(w, first, 0, runs, constants, kLanes);
         __m512 sums[kInt8Rows];
-        strip_int8<M>(rows, w.k, constants, table, cells + pass * size, passes, sums);
+        int8_strip<M>(rows, w.k, constants, table, cells + pass * size, passes, sums);
         const int count = static_cast<int>(std::min<std::int64_t>(kLanes, w.rows - first));
         for (std::int64_t i = 0; i < passes * M && pass * M + i < m; i++) out(first, count, pass * M + i, F32{sums[i]});
       }
@@ -207,7 +185,7 @@ struct Int8Row {
 
   static constexpr int kStep = 3 * kLanes;
   static std::int64_t count(std::int64_t k) { return (k + kInt8Group - 1) / kInt8Group; }
-  static std::int64_t size(std::int64_t k) { return count(k) * (kStep + kInt8Group / kInt8Run); }
+  static std::int64_t size(std::int64_t k) { return count(k) * (kStep + kInt8Group / kRun); }
   Int8Row(std::int32_t* memory, std::int64_t k) : groups(memory), scales(reinterpret_cast<float*>(memory + count(k) * kStep)) {}
 };
 
@@ -215,8 +193,8 @@ template <class T>
 void pack_row(const T* x, std::int64_t k, float unit, Int8Row row) {
   for (std::int64_t start = 0; start < k; start += kInt8Group, row.groups += Int8Row::kStep, row.scales += 2) {
     std::int8_t q[kInt8Group] = {};
-    row.scales[0] = quantize_run(x + start, kInt8Run, q) / unit;
-    row.scales[1] = start + kInt8Run < k ? quantize_run(x + start + kInt8Run, kInt8Run, q + kInt8Run) / unit : 0.0f;
+    row.scales[0] = quantize_run(x + start, kRun, q) / unit;
+    row.scales[1] = start + kRun < k ? quantize_run(x + start + kRun, kRun, q + kRun) / unit : 0.0f;
     auto* const bytes = reinterpret_cast<std::int8_t*>(row.groups);
     for (int j = 0; j < kInt8Group / 2; j++) bytes[j] = q[2 * j + 1], bytes[kInt8Group / 2 + j] = q[2 * j];
     for (int l = 0; l < kLanes; l++) {
@@ -229,7 +207,7 @@ void pack_row(const T* x, std::int64_t k, float unit, Int8Row row) {
 
 // sums[r] = lanes along k of kInt8Quad rows of W with x. factors[r]: absmax * scale of each run, zeros beyond k.
 inline void quad_int8(const std::uint8_t* const* rows, std::int64_t k, const float* const* factors, __m512i table,
-                      const std::int32_t* x, __m512* sums) {
+                      const std::int32_t* x, U32* sums) {
   const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   __m512 sum[kInt8Quad];
   for (__m512& s : sum) s = _mm512_setzero_ps();
@@ -251,55 +229,37 @@ inline void quad_int8(const std::uint8_t* const* rows, std::int64_t k, const flo
   const std::int64_t groups = k / kInt8Group;
   for (std::int64_t group = 0; group < groups; group++) step(group, ~__mmask64{0});
   if (k % kInt8Group) step(groups, 0xffffffff);
-  for (int r = 0; r < kInt8Quad; r++) sums[r] = sum[r];
-}
-
-// Lane i: the sum of the lanes of rows[i].
-inline F32 sum_each(const __m512* rows) {
-  U32 square[kLanes];
-  for (int i = 0; i < kLanes; i++) square[i].v = _mm512_castps_si512(rows[i]);
-  transpose(square);
-  __m512 sum[kLanes];
-  for (int i = 0; i < kLanes; i++) sum[i] = _mm512_castsi512_ps(square[i].v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) sum[i] = _mm512_add_ps(sum[i], sum[i + half]);
-  return {sum[0]};
+  for (int r = 0; r < kInt8Quad; r++) sums[r] = as_cells(F32{sum[r]});
 }
 
 template <class T, class Out>
 void row_int8(const Matrix4& w, const Table8& table8, const T* x, int threads, Out out) {
-  const std::int64_t runs = w.k / kInt8Run, padded = runs + runs % 2, units = (w.rows + kLanes - 1) / kLanes;
-  const std::int64_t size = Int8Row::size(w.k), slab = kLanes * runs + kInt8Quad * padded;
+  const std::int64_t runs = w.k / kRun, padded = runs + runs % 2, units = (w.rows + kLanes - 1) / kLanes;
+  const std::int64_t size = Int8Row::size(w.k), slab = kInt8Quad * padded;
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(size + slab * std::max(threads, 1)));
   const Int8Row row(memory.as<std::int32_t>(), w.k);
   pack_row(x, w.k, table8.scale, row);
   const __m512i table = offset_table(table8);
-  const Constants absmax(w.absmax);
   parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
-    float* const decoded = memory.as<float>() + size + slab * thread;
-    float* const products = decoded + kLanes * runs;
-    std::memset(products, 0, sizeof(float) * static_cast<std::size_t>(kInt8Quad * padded));
+    float* const products = memory.as<float>() + size + slab * thread;
+    std::memset(products, 0, sizeof(float) * static_cast<std::size_t>(slab));
     for (std::int64_t unit = begin; unit < end; unit++) {
-      const std::int64_t first = unit * kLanes, last = std::min(first + kLanes, w.rows), block = w.blocks_before(first);
-      absmax.read(block, w.blocks_until(last), decoded);
-      __m512 sums[kLanes];
+      const std::int64_t first = unit * kLanes, last = std::min(first + kLanes, w.rows);
+      U32 sums[kLanes];
       for (int quad = 0; quad < kLanes; quad += kInt8Quad) {
         const std::uint8_t* rows[kInt8Quad];
         const float* factors[kInt8Quad];
         for (int r = 0; r < kInt8Quad; r++) {
-          const std::int64_t flat = std::min(first + quad + r, last - 1) * w.k;  // the last one again where none is left
+          const std::int64_t from = std::min(first + quad + r, last - 1);  // the last one again where none is left
           float* const product = products + r * padded;
-          if (w.block_shift == kInt8Shift)
-            for (std::int64_t j = 0; j < runs; j++) product[j] = decoded[flat / kInt8Run - block + j] * row.scales[j];
-          else
-            for (std::int64_t j = 0; j < runs; j++)
-              product[j] = decoded[((flat + kInt8Run * j) >> w.block_shift) - block] * row.scales[j];
-          rows[r] = w.packed + flat / 2;
+          run_constants(w, from, 0, runs, product);
+          for (std::int64_t run = 0; run < runs; run++) product[run] *= row.scales[run];
+          rows[r] = w.packed + from * w.k / 2;
           factors[r] = product;
         }
         quad_int8(rows, w.k, factors, table, row.groups, sums + quad);
       }
-      out(first, static_cast<int>(last - first), 0, sum_each(sums));
+      out(first, static_cast<int>(last - first), 0, sum_lanes(sums));
     }
   });
 }

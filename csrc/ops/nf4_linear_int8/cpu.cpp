@@ -30,9 +30,9 @@ template <class T>
 void round_rows(const T* x, std::int64_t stride, std::int64_t m, std::int64_t k, float* rounded, int threads) {
   parallel_for(m, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; i++)
-      for (std::int64_t start = 0; start < k; start += kInt8Run) {
-        const int count = static_cast<int>(std::min<std::int64_t>(kInt8Run, k - start));
-        std::int8_t q[kInt8Run];
+      for (std::int64_t start = 0; start < k; start += kRun) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kRun, k - start));
+        std::int8_t q[kRun];
         const float scale = quantize_run(x + i * stride + start, count, q);
         for (int j = 0; j < count; j++) rounded[i * k + start + j] = static_cast<float>(q[j]) * scale;
       }
