@@ -43,9 +43,21 @@ inline void decode_constants(const Absmax& absmax, std::int64_t first, std::int6
   const auto* codes = static_cast<const std::uint8_t*>(absmax.values);
   std::int64_t block = first;
   for (; block < last && block % kLanes; block++) out[block - first] = absmax[block];
-  for (; block + kLanes <= last; block += kLanes)
-    store(out + block - first,
-          lookup256(absmax.code, codes + block) * broadcast(absmax.scales[block / kNestedBlock]) + broadcast(absmax.offset));
+  const auto finish = [&](std::int64_t at, F32 value) {
+    store(out + at - first, value * broadcast(absmax.scales[at / kNestedBlock]) + broadcast(absmax.offset));
+  };
+  while (block + kLanes <= last) {
+#ifdef PEFTK_HAS_LOOKUP_64
+    if (F32 values[4]; block + 64 <= last) {
+      lookup256_64(absmax.code->byte, codes + block, values);
+      for (int j = 0; j < 4; j++) finish(block + j * kLanes, values[j]);
+      block += 64;
+      continue;
+    }
+#endif
+    finish(block, lookup256(absmax.code->value, codes + block));
+    block += kLanes;
+  }
   for (; block < last; block++) out[block - first] = absmax[block];
 }
 
