@@ -31,16 +31,6 @@ namespace peftk::PEFTK_TIER {
 inline constexpr int kInt8Group = 128;  // weights in 64 bytes of a row
 inline constexpr std::int64_t kInt8Offset = 128;
 
-// W is read some rows at a time, but asked for in the order of memory, as far ahead as those rows reach and kInt8Ahead at least,
-// into the second-level cache. A 4096 x 4096 W that lies in DRAM takes 0.3 ms at m = 1, in L3 0.25; it took 0.70 where the next
-// rows were asked for in the order that they are read in, into the first level.
-inline constexpr std::int64_t kInt8Ahead = 32 << 10;
-template <int Rows>
-void ask_ahead(const std::uint8_t* const* rows, std::int64_t k, std::int64_t line) {
-  const std::int64_t ahead = std::max<std::int64_t>(Rows * k / 2, kInt8Ahead);
-  _mm_prefetch(reinterpret_cast<const char*>(rows[0] + ahead + 64 * line), _MM_HINT_T1);
-}
-
 inline __m512i offset_table(const Table8& table) {
   std::uint8_t bytes[16];
   for (int code = 0; code < 16; code++) bytes[code] = static_cast<std::uint8_t>(table.value[code] + kInt8Offset);
@@ -123,7 +113,7 @@ void int8_strip(const std::uint8_t* const* rows, std::int64_t k, const float* co
     U32 square[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) {
-      ask_ahead<kLanes>(rows, k, start / kInt8Group * kLanes + i);
+      ask_ahead<kLanes>(rows[0], k, start / kInt8Group * kLanes + i);
       square[i].v = _mm512_maskz_loadu_epi8(bytes, rows[i] + start / 2);
     }
     transpose(square);
@@ -217,7 +207,7 @@ inline void quad_int8(const std::uint8_t* const* rows, std::int64_t k, const flo
     const __m512i starts = _mm512_load_si512(q + 2 * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kInt8Quad; r++) {
-      ask_ahead<kInt8Quad>(rows, k, group * kInt8Quad + r);
+      ask_ahead<kInt8Quad>(rows[0], k, group * kInt8Quad + r);
       const __m512i codes = _mm512_maskz_loadu_epi8(bytes, rows[r] + group * (kInt8Group / 2));
       __m512i dot = _mm512_dpbusd_epi32(starts, _mm512_permutexvar_epi8(codes, table), x_odd);
       dot = _mm512_dpbusd_epi32(dot, _mm512_permutexvar_epi8(_mm512_srli_epi32(codes, 4), table), x_even);
