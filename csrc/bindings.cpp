@@ -14,6 +14,7 @@
 #include "ops/lora_linear/op.h"
 #include "ops/nf4_dequantize/op.h"
 #include "ops/nf4_linear/op.h"
+#include "ops/nf4_linear_int8/op.h"
 #include "ops/nf4_lora_linear/op.h"
 #include "ops/nf4_quantize/op.h"
 #include "ops/philox_dropout/op.h"
@@ -77,6 +78,7 @@ PYBIND11_MODULE(_C, m) {
   PEFTK_OP(nf4_dequantize);
   PEFTK_OP(nf4_linear);
   PEFTK_OP(nf4_linear_dx);
+  PEFTK_OP(nf4_linear_int8);
   PEFTK_OP(nf4_lora_linear);
   PEFTK_OP(nf4_lora_linear_backward);
   PEFTK_OP(nf4_quantize);

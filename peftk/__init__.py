@@ -18,7 +18,7 @@ from peftk.methods import (
     trainable_parameters,
     unmerge,
 )
-from peftk.nn import quantize_model
+from peftk.nn import quantize_model, use_int8_activations
 from peftk.ops import quantize_nf4
 from peftk.ops.dispatch import use
 
@@ -47,4 +47,5 @@ __all__ = [
     "set_adapter",
     "trainable_parameters",
     "unmerge",
+    "use_int8_activations",
 ]

@@ -40,7 +40,7 @@ inline __m512i bf16_table(const float* values) {
 // sum[r * M + i] = rows[r] . x[i], 16 lanes yet to be added. scales[r]: the constant of each 64 weights of the row.
 template <int M, int R>
 void few_lanes(const std::uint8_t* const* rows, const float* const* scales, std::int64_t k, __m512i table, const std::uint32_t* x,
-               std::int64_t x_stride, std::int64_t ahead, U32* sums) {
+               std::int64_t x_stride, U32* sums) {
   const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   __m512 sum[R * M];
   for (__m512& s : sum) s = _mm512_setzero_ps();
@@ -48,9 +48,8 @@ void few_lanes(const std::uint8_t* const* rows, const float* const* scales, std:
     const std::uint32_t* factor = x + group * (4 * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const std::uint8_t* p = rows[r] + group * (kGroup / 2);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T0);
-      const __m512i codes = _mm512_maskz_loadu_epi8(bytes, p);
+      ask_ahead<R>(rows[0], k, group * R + r);
+      const __m512i codes = _mm512_maskz_loadu_epi8(bytes, rows[r] + group * (kGroup / 2));
       long long pair;
       std::memcpy(&pair, scales[r] + 2 * group, sizeof pair);
       const __m512 scale = _mm512_permutexvar_ps(halves, _mm512_castsi512_ps(_mm512_set1_epi64(pair)));
@@ -76,16 +75,11 @@ void few_lanes(const std::uint8_t* const* rows, const float* const* scales, std:
 // The sums of kFewSums / M rows of W with M rows of x, row-major.
 template <int M>
 F32 few_sums(const std::uint8_t* const* rows, const float* const* scales, std::int64_t k, __m512i table, const std::uint32_t* x,
-             std::int64_t x_stride, std::int64_t ahead) {
+             std::int64_t x_stride) {
   constexpr int kRows = kFewSums / M, kAtOnce = kRows < 8 ? kRows : 8;  // 16 rows at once spill registers: 5 % slower
   U32 square[kFewSums];
-  for (int r = 0; r < kRows; r += kAtOnce)
-    few_lanes<M, kAtOnce>(rows + r, scales + r, k, table, x, x_stride, ahead, square + r * M);
-  transpose(square);
-  for (int half = kFewSums / 2; half; half /= 2)
-    for (int i = 0; i < half; i++)
-      square[i].v = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(square[i].v), _mm512_castsi512_ps(square[i + half].v)));
-  return {_mm512_castsi512_ps(square[0].v)};
+  for (int r = 0; r < kRows; r += kAtOnce) few_lanes<M, kAtOnce>(rows + r, scales + r, k, table, x, x_stride, square + r * M);
+  return sum_lanes(square);
 }
 
 // out(row of W, row of x, sum) for all of them; m any.
@@ -115,7 +109,7 @@ void few_rows_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::in
       if (w.block_shift == 6) decode_constants(w.absmax, block, block + whole, constants);
       for (std::int64_t first = 0; first < m; first += M) {
         float sums[kFewSums];
-        store(sums, few_sums<M>(rows, scales, w.k, table, factors + first * cells, cells, R * w.k / 2));
+        store(sums, few_sums<M>(rows, scales, w.k, table, factors + first * cells, cells));
         for (int r = 0; r < R && unit * R + r < w.rows; r++)
           for (int i = 0; i < M && first + i < m; i++) out(unit * R + r, first + i, sums[r * M + i]);
       }

@@ -21,6 +21,9 @@
 #if defined(PEFTK_TIER_IS_AVX512) || defined(PEFTK_TIER_IS_AVX512_BF16)
 #include "cpu/simd_avx512.h"
 #define PEFTK_HAS_WIDE_CODES 1  // decode_wide: 32 codes to bf16 at once
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+#define PEFTK_HAS_LOOKUP_64 1  // lookup256_64: 64 bytes looked up at once
+#endif
 #elif defined(PEFTK_TIER_IS_AVX2)
 #include "cpu/simd_avx2.h"
 #else

@@ -115,6 +115,29 @@ inline void store_bytes(std::uint8_t* out, U32 x) { _mm_storeu_si128((__m128i*)o
   return {part[0]};
 }
 inline F32 where(std::uint32_t bits, F32 x) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x.v)}; }
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+// 64 at once by VBMI, out[j] = table[index[16 j]] and on: each byte of the values is a table of its own, and vpermi2b looks 64
+// up in half of one. 9 operations for 16 where lookup256 takes 31.
+inline void lookup256_64(const std::uint8_t (&bytes)[4][256], const std::uint8_t* index, F32 (&out)[4]) {
+  // Below, bytes are interleaved in 128-bit quarters: dword j of quarter q has to be dword q of quarter j.
+  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i at = _mm512_permutexvar_epi32(turned, _mm512_loadu_si512(index));
+  const __mmask64 upper = _mm512_movepi8_mask(at);
+  __m512i byte[4];
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; b++) {
+    const auto quarter = [&](int i) { return _mm512_load_si512(bytes[b] + 64 * i); };
+    const __m512i low = _mm512_permutex2var_epi8(quarter(0), at, quarter(1));
+    byte[b] = _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(quarter(2), at, quarter(3)));
+  }
+  const __m512i low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), low23 = _mm512_unpacklo_epi8(byte[2], byte[3]);
+  const __m512i high01 = _mm512_unpackhi_epi8(byte[0], byte[1]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
+  out[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
+  out[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
+  out[2].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
+  out[3].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+}
+#endif
 inline U32 shift_right(U32 x, int bits) { return {_mm512_srli_epi32(x.v, static_cast<unsigned>(bits))}; }
 
 // 32 elements of 4 bits to bf16: even elements in one vector, odd ones in another, so that nibbles cost two operations.

@@ -79,9 +79,8 @@ inline void strip(const Matrix4& w, std::int64_t first_row, const float* constan
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) {
       const std::int64_t row = std::min(first_row + i, w.rows - 1);
-      const std::uint8_t* p = w.packed + (row * w.k + start) / 2;
-      _mm_prefetch(reinterpret_cast<const char*>(p + kLanes * w.k / 2), _MM_HINT_T0);  // the next strip
-      square[i].v = _mm512_maskz_loadu_epi8(bytes, p);
+      ask_ahead<kLanes>(w.packed + first_row * w.k / 2, w.k, start / kGroup * kLanes + i);
+      square[i].v = _mm512_maskz_loadu_epi8(bytes, w.packed + (row * w.k + start) / 2);
     }
     transpose(square);
     for (int pass = 0; pass < passes.count; pass++)

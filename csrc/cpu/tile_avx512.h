@@ -59,6 +59,16 @@ inline void transpose(U32 (&r)[16]) {
   }
 }
 
+// Lane i: the sum of the lanes of rows[i], fp32.
+inline F32 sum_lanes(U32 (&rows)[16]) {
+  transpose(rows);
+  __m512 sum[16];
+  for (int i = 0; i < 16; i++) sum[i] = _mm512_castsi512_ps(rows[i].v);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) sum[i] = _mm512_add_ps(sum[i], sum[i + half]);
+  return {sum[0]};
+}
+
 template <class Cell, int V>
 void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* tile) {
   __m512 sum[kTileRows][V];

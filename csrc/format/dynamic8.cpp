@@ -1,6 +1,7 @@
 #include "format/dynamic8.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace peftk {
 namespace {
@@ -37,6 +38,11 @@ Code8 make_code8(bool is_signed) {
   }
   code.threshold[255] = __builtin_huge_valf();
   code.zero = is_signed ? 127 : 0;
+  for (int i = 0; i < 256; i++) {
+    std::uint32_t bits;
+    std::memcpy(&bits, code.value + i, 4);
+    for (int b = 0; b < 4; b++) code.byte[b][i] = static_cast<std::uint8_t>(bits >> (8 * b));
+  }
   return code;
 }
 

@@ -9,6 +9,7 @@ struct Code8 {
   float value[256];      // ascending; value[zero] == 0
   float threshold[256];  // 255 used: the largest fp32 that is not above the midpoint, so that a tie goes to the lower code
   int zero;              // 127 (signed) or 0 (unsigned)
+  alignas(64) std::uint8_t byte[4][256];  // byte b of each value, low ones first
 };
 
 const Code8& code8(bool is_signed);

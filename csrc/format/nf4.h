@@ -13,6 +13,7 @@ struct Code4 {
   float threshold[16];  // ascending, 15 used; the last one is +inf so that a full vector can be loaded
   std::uint32_t code_of_rank[16];
   std::uint8_t code_of_zero;  // of an all-zero block, and of the nibble that pads an odd count
+  float int8_scale;           // the table in 8 bits: value[i] * int8_scale, rounded; chosen in peftk/format/code4.py
 };
 
 inline constexpr float kInfinity = __builtin_huge_valf();
@@ -25,7 +26,8 @@ inline constexpr Code4 kNF4 = {
      0x1.45f5fep-5f, 0x1.ec90c6p-4f, 0x1.a0cfcp-3f, 0x1.2b05a8p-2f, 0x1.8ea7f2p-2f, 0x1.00da06p-1f, 0x1.491b5ep-1f,
      0x1.b913b2p-1f, kInfinity},
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    7};
+    7,
+    112.0f};
 
 // The rule is |x| > t with the sign apart. For negative x that is x < -t, so the threshold on that side is the number just
 // below -t; between code 8 (x < 0) and code 0 it is the number just below zero.
@@ -37,7 +39,8 @@ inline constexpr Code4 kFP4 = {
     {kJustBelow[7], kJustBelow[6], kJustBelow[5], kJustBelow[4], kJustBelow[3], kJustBelow[2], kJustBelow[1], kJustBelow[0],
      0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f, kInfinity},
     {11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3},
-    0};
+    0,
+    120.0f};
 
 inline const Code4& code4(int quant_type) {
   if (quant_type == 0) return kNF4;

@@ -24,6 +24,7 @@ class Code4:
     thresholds: tuple[float, ...]  # (15,)
     code_of_rank: tuple[int, ...]  # (16,)
     code_of_zero: int  # of an all-zero block and of the nibble that pads an odd count
+    int8_scale: int  # the table in 8 bits: values * int8_scale, rounded
 
 
 NF4 = Code4(
@@ -43,6 +44,9 @@ NF4 = Code4(
     ),
     code_of_rank=tuple(range(16)),
     code_of_zero=7,
+    # Gaussian weights in blocks of 64: the rounding is 0.47 % of their norm (with 127: 0.59 %), and the mean of it, which adds up
+    # where x has a mean, 0.02 % (0.10 %). Better than 127 for Laplace and Student weights and for huge blocks, too.
+    int8_scale=112,
 )  # fmt: skip
 
 
@@ -69,6 +73,7 @@ FP4 = Code4(
     ),
     code_of_rank=(11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3),
     code_of_zero=0,
+    int8_scale=120,  # every value but 0.0625 / 12 is then an integer
 )  # fmt: skip
 
 CODES4 = {"nf4": NF4, "fp4": FP4}

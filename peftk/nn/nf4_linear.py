@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from peftk.format.nf4 import NF4Weight
-from peftk.nn.dense_linear import is_conv1d
-from peftk.ops import nf4_linear, nf4_lora_linear, quantize_nf4
+from peftk.nn.dense_linear import add_low_rank, is_conv1d
+from peftk.nn.int8_activations import wants_int8
+from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, quantize_nf4
 
 _CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 
@@ -21,7 +22,13 @@ class NF4Linear(nn.Linear):
     ``weight`` is a uint8 Parameter of shape (n, k/2), or (ceil(n*k/2), 1) where k is odd, so that dim 0 shards by rows. The
     stored bytes, constants included, stay as they are under .half(), .to(dtype), .eval() and .train(). ``compute_dtype``: x is
     cast to it, and y back; None computes in x.dtype.
+
+    ``int8_activations``, an attribute that may be set at any time and that no state_dict holds: x is rounded to 8 bits
+    (``peftk.ops.nf4_linear_int8``) in eval mode where no gradient is wanted; training, and every call where x, the bias or
+    adapter factors want one, takes the exact path.
     """
+
+    int8_activations: bool = False
 
     def __init__(
         self,
@@ -33,9 +40,10 @@ class NF4Linear(nn.Linear):
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        int8_activations: bool = False,
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.quant_type = "nf4"
+        self.quant_type, self.int8_activations = "nf4", int8_activations
         self.block_size, self.double_quant, self.compute_dtype = block_size, double_quant, compute_dtype
         self._store(self._quantised(self.weight.detach(), "weight"))
 
@@ -47,6 +55,7 @@ class NF4Linear(nn.Linear):
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
         name: str | None = None,
+        int8_activations: bool = False,
     ) -> NF4Linear:
         """Quantise an nn.Linear or a transformers Conv1D; the bias Parameter is shared. ValueError names ``name`` and the first
         bad index where the weight isn't finite; TypeError names another class."""
@@ -58,7 +67,7 @@ class NF4Linear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
-        layer.quant_type = "nf4"
+        layer.quant_type, layer.int8_activations = "nf4", int8_activations
         layer.block_size, layer.double_quant, layer.compute_dtype = block_size, double_quant, compute_dtype
         layer._store(layer._quantised(weight, name or "weight"))
         layer.register_parameter("bias", linear.bias)
@@ -125,9 +134,11 @@ class NF4Linear(nn.Linear):
         return kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.compute_dtype is None:
-            return nf4_linear(x, self._own_w4(), self.bias)
-        return nf4_linear(x.to(self.compute_dtype), self._own_w4(), self.bias).to(x.dtype)
+        if wants_int8(self, x, self.bias):
+            y = nf4_linear_int8(self._in_compute_dtype(x), self._own_w4(), self.bias)
+        else:
+            y = nf4_linear(self._in_compute_dtype(x), self._own_w4(), self.bias)
+        return y if self.compute_dtype is None else y.to(x.dtype)
 
     def forward_low_rank(
         self,
@@ -139,12 +150,17 @@ class NF4Linear(nn.Linear):
         dropout: float = 0.0,
         seed: int | None = None,
     ) -> torch.Tensor:
-        """forward(x) + scale * D(x if z is None else z) A^T B^T in one op: ``peftk.ops.nf4_lora_linear``."""
-        if self.compute_dtype is None:
-            return nf4_lora_linear(x, self._own_w4(), A, B, scale, self.bias, z, dropout, seed)
-        z = z if z is None else z.to(self.compute_dtype)
-        y = nf4_lora_linear(x.to(self.compute_dtype), self._own_w4(), A, B, scale, self.bias, z, dropout, seed)
-        return y.to(x.dtype)
+        """forward(x) + scale * D(x if z is None else z) A^T B^T in one op: ``peftk.ops.nf4_lora_linear``. With 8-bit
+        activations the low-rank branch is computed apart, from x as it is."""
+        h, z = self._in_compute_dtype(x), z if z is None else self._in_compute_dtype(z)
+        if wants_int8(self, x, A, B, z, self.bias):
+            y = add_low_rank(nf4_linear_int8(h, self._own_w4(), self.bias), h, A, B, scale, z, dropout, seed)
+        else:
+            y = nf4_lora_linear(h, self._own_w4(), A, B, scale, self.bias, z, dropout, seed)
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
+    def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def dense_weight(self) -> torch.Tensor:
         """W (n, k), decoded to fp32."""
@@ -242,4 +258,5 @@ class NF4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.double_quant else ""
-        return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{nested}"
+        int8 = ", int8_activations" if self.int8_activations else ""
+        return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{nested}{int8}"

@@ -5,6 +5,7 @@ from peftk.ops.blockwise8_quantize import blockwise8_quantize
 from peftk.ops.lora_linear import lora_linear
 from peftk.ops.nf4_dequantize import nf4_dequantize
 from peftk.ops.nf4_linear import nf4_linear
+from peftk.ops.nf4_linear_int8 import nf4_linear_int8
 from peftk.ops.nf4_lora_linear import nf4_lora_linear
 from peftk.ops.nf4_quantize import nf4_quantize, quantize_nf4
 from peftk.ops.philox_dropout import philox_dropout
@@ -15,6 +16,7 @@ __all__ = [
     "lora_linear",
     "nf4_dequantize",
     "nf4_linear",
+    "nf4_linear_int8",
     "nf4_lora_linear",
     "nf4_quantize",
     "philox_dropout",

@@ -1,0 +1,23 @@
+"""csrc/ops/nf4_linear_int8/cpu.cpp"""
+
+import torch
+
+from peftk.format.code4 import code4
+from peftk.native import NATIVE_DTYPE, address, native
+from peftk.ops.dispatch import Implementation
+from peftk.ops.nf4_linear.cpu import as_rows, reasons_against
+
+
+def run(x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, bias) -> torch.Tensor:
+    rows, packed, absmax = as_rows(x), packed.contiguous(), absmax.contiguous()
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    bias = bias if bias is None else bias.contiguous()
+    native().nf4_linear_int8(
+        packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), n, rows.shape[1], block_size,
+        code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype], address(bias),
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+IMPLEMENTATION = Implementation("cpu", run, reasons_against)
