@@ -19,7 +19,7 @@ inline constexpr std::int64_t kKeepBits = 4 * kPhiloxLanes;  // elements of one 
 static_assert(kKeepBits == 64);
 
 // Bit i: element 64 * word + i stays.
-inline std::uint64_t keep_bits(const Dropout& dropout, std::int64_t word) {
+[[gnu::noinline]] inline std::uint64_t keep_bits(const Dropout& dropout, std::int64_t word) {
   const PhiloxWords random = philox(static_cast<std::uint64_t>(word) * kPhiloxLanes, dropout.seed);
   std::uint64_t bits = 0;
   for (int w = 0; w < 4; w++) {

@@ -39,7 +39,7 @@ struct FewDense<PairCell, Bf16> {
 };
 #endif
 
-// out(row of W, row of x, sum) for rows [first, first + count) of W.
+// out(first, count, row of x, sums) for rows [first, first + count) of W.
 template <int M, class T, class Out>
 void few_dense_dots(const DenseRows<T>& w, std::int64_t k, const DenseRows<T>& x, std::int64_t first, int count, Out& out) {
   using Few = FewDense<CellOf<T>, T>;
@@ -66,8 +66,11 @@ void few_dense_dots(const DenseRows<T>& w, std::int64_t k, const DenseRows<T>& x
     for (int o = 0; o < kFewDenseOutputs; o++)
       for (int i = 0; i < M; i++) sum[o][i] = sum[o][i] + part[o][i];
   }
-  for (int o = 0; o < count; o++)
-    for (int i = 0; i < M; i++) out(first + o, i, reduce_sum(sum[o][i]));
+  for (int i = 0; i < M; i++) {
+    float lanes[kLanes] = {};
+    for (int o = 0; o < count; o++) lanes[o] = reduce_sum(sum[o][i]);
+    out(first, count, i, load(lanes));
+  }
 }
 
 template <class T, class Out>

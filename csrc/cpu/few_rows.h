@@ -54,7 +54,7 @@ void few_dots(const Rows4<const float*>& w, std::int64_t k, const float* x, std:
     for (int i = 0; i < M; i++) dots[o][i] = reduce_sum(sum[o][i]);
 }
 
-// out(row of W, row of x, sum) for all of them.
+// out(first row of W, rows of W, row of x, their sums) for all of them.
 template <int M, class Out>
 void few_rows(const Matrix4& w, const float* x, std::int64_t x_stride, int threads, Out out) {
   const std::int64_t units = (w.rows + kFewOutputs - 1) / kFewOutputs;
@@ -69,8 +69,11 @@ void few_rows(const Matrix4& w, const float* x, std::int64_t x_stride, int threa
       decode_constants(w.absmax, block, w.blocks_until(first + outputs.count), decoded);
       float dots[kFewOutputs][M];
       few_dots<M>(Rows4<const float*>(w, decoded - block), w.k, x, x_stride, outputs, dots);
-      for (int o = 0; o < outputs.count; o++)
-        for (int i = 0; i < M; i++) out(first + o, i, dots[o][i]);
+      for (int i = 0; i < M; i++) {
+        float lanes[kLanes] = {};
+        for (int o = 0; o < outputs.count; o++) lanes[o] = dots[o][i];
+        out(first, outputs.count, i, load(lanes));
+      }
     }
   });
 }
@@ -86,7 +89,7 @@ bool few_fits(const Matrix4& w, std::int64_t m) {
   return m <= kFewRows;
 }
 
-// out(row of W, row of x, sum); x is widened to fp32 once, where its products are fp32 ones.
+// out(first row of W, rows of W, row of x, their sums); x is widened to fp32 once, where its products are fp32 ones.
 template <class T, class Out>
 void few_product(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
 #ifdef PEFTK_TIER_IS_AVX512_BF16

@@ -82,7 +82,7 @@ F32 few_sums(const std::uint8_t* const* rows, const float* const* scales, std::i
   return sum_lanes(square);
 }
 
-// out(row of W, row of x, sum) for all of them; m any.
+// out(first row of W, rows of W, row of x, their sums) for all of them; m any.
 template <int M, class Out>
 void few_rows_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
   constexpr int R = kFewSums / M;
@@ -110,8 +110,12 @@ void few_rows_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::in
       for (std::int64_t first = 0; first < m; first += M) {
         float sums[kFewSums];
         store(sums, few_sums<M>(rows, scales, w.k, table, factors + first * cells, cells));
-        for (int r = 0; r < R && unit * R + r < w.rows; r++)
-          for (int i = 0; i < M && first + i < m; i++) out(unit * R + r, first + i, sums[r * M + i]);
+        const int count = static_cast<int>(std::min<std::int64_t>(R, w.rows - unit * R));
+        for (int i = 0; i < M && first + i < m; i++) {
+          float lanes[kLanes] = {};
+          for (int r = 0; r < R; r++) lanes[r] = sums[r * M + i];
+          out(unit * R, count, first + i, load(lanes));
+        }
       }
     }
   });

@@ -6,7 +6,8 @@
 //   prepare_columns(threads)                  what all panels of columns share
 //   weight_columns<Cell>(prepared)            W: panels of columns of W, the depth is n
 //   few_fits<T>(m)                            whether few_product is the way for m rows of x
-//   few_product(x, stride, m, threads, out)   out(row of W, row of x, sum) for all of them
+//   few_product(x, stride, m, threads, out)   out(first row of W, rows of W, row of x, their sums) for all of them
+//   kHasStrips<T>; strips_fit(m)              whether strips_product(x, stride, m, threads, start, out) is the way
 #pragma once
 #include <algorithm>
 
@@ -126,17 +127,41 @@ void few_forward(const Base& base, const Activations<T>& x, std::int64_t m, cons
   const Scratch memory = floats_for(m * branch.r);
   float* const s = memory.as<float>();
   few_low_rank_input(z, branch, base.k, m, s, kept, threads);
-  base.few_product(x.data, x.stride, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
-    F32 low = broadcast(0.0f);
-    for (std::int64_t j = 0; j < branch.r; j += kLanes) {
-      F32 b, f;
-      const int here = static_cast<int>(std::min<std::int64_t>(branch.r - j, kLanes));
-      branch.b.read<1>(row, j, here, &b);
-      DenseRows<float>{s, branch.r}.read<1>(i, j, here, &f);
-      low = multiply_add(b, f, low);
+  base.few_product(x.data, x.stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+    float low[kLanes] = {};
+    for (int lane = 0; lane < count; lane++) {
+      F32 dot = broadcast(0.0f);
+      for (std::int64_t j = 0; j < branch.r; j += kLanes) {
+        F32 b, f;
+        const int here = static_cast<int>(std::min<std::int64_t>(branch.r - j, kLanes));
+        branch.b.read<1>(row + lane, j, here, &b);
+        DenseRows<float>{s, branch.r}.read<1>(i, j, here, &f);
+        dot = multiply_add(b, f, dot);
+      }
+      low[lane] = reduce_sum(dot);
     }
-    const float all = sum + branch.scale * reduce_sum(low);
-    y[i * base.n + row] = narrow<T>(bias ? all + widen(bias[row]) : all);
+    store_sums(y + i * base.n + row, multiply_add(broadcast(branch.scale), load(low), sums), count, bias ? bias + row : nullptr);
+  });
+}
+
+// The same where lanes are rows of W: the sums of a strip start from the branch.
+template <class Base, class T>
+void strips_forward(const Base& base, const Activations<T>& x, std::int64_t m, const Activations<T>& z, const Branch& branch,
+                    const T* bias, T* y, T* kept, int threads) {
+  using Cell = CellOf<T>;
+  const Scratch left = cells_for<Cell>(m, base.k), wide = floats_for(m * branch.r);
+  const KeepBits keep(branch.dropout, m, base.k, threads);
+  low_rank_input<Cell>(z, keep, branch, base.k, 0, m, left.as<std::uint32_t>(), wide.as<float>(), kept, threads);
+  const auto start = [&](std::int64_t row, int count, F32* sums) {
+    const Scratch turned = floats_for(branch.r * kLanes);  // [r][kLanes rows of B]
+    lanes_along<FloatCell>(branch.b, row, count, 0, branch.r, kLanes, turned.as<std::uint32_t>());
+    for (std::int64_t i = 0; i < m; i++)
+      for (std::int64_t j = 0; j < branch.r; j++)
+        sums[i] = multiply_add(load(turned.as<float>() + j * kLanes),
+                               broadcast(branch.scale * wide.as<float>()[i * branch.r + j]), sums[i]);
+  };
+  base.strips_product(x.data, x.stride, m, threads, start, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+    store_sums(y + i * base.n + row, sums, count, bias ? bias + row : nullptr);
   });
 }
 
@@ -146,6 +171,8 @@ void low_rank_forward(const Base& base, const Activations<T>& x, std::int64_t m,
   using Cell = CellOf<T>;
   if (m == 0) return;
   if (base.template few_fits<T>(m)) return few_forward(base, x, m, z, branch, bias, y, s, threads);
+  if constexpr (Base::template kHasStrips<T>)
+    if (base.strips_fit(m)) return strips_forward(base, x, m, z, branch, bias, y, s, threads);
   const std::int64_t block = std::min(m, kRowBlock);
   const KeepBits keep(branch.dropout, m, base.k, threads);
   const bool own_input = z.data != x.data || z.stride != x.stride || !keep.all_stay();

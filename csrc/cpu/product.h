@@ -247,6 +247,19 @@ float widen(T x) {
   return wide[0];
 }
 
+// y[0 .. count) = sums + bias[0 .. count), count <= kLanes; bias may be nullptr.
+template <class T>
+void store_sums(T* y, F32 sums, int count, const T* bias) {
+  if (bias) {
+    F32 part;
+    DenseRows<T>{bias, 0}.template read<1>(0, 0, count, &part);
+    sums = sums + part;
+  }
+  float lanes[kLanes];
+  store(lanes, sums);
+  store_row(y, lanes, count);
+}
+
 template <class T>
 void add_bias(const Tile& tile, const T* bias) {
   for (int j = 0; j < tile.cols; j += kLanes) {

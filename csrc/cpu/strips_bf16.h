@@ -25,7 +25,7 @@ inline void interleave_rows(const Bf16* x, std::int64_t stride, std::int64_t cou
 
 // sums[i] (16 rows of W) += constants of the run * (64 weights x N rows of x), from 8 turned dwords.
 template <int N>
-void strip_run(const U32* turned, const std::uint32_t* x, __m512 constants, __m512i table, __m512* sums) {
+void strip_run(const U32* turned, const std::uint32_t* x, __m512 constants, __m512i table, F32* sums) {
   constexpr int kChains = N < 8 ? 2 : 1;  // vdpbf16ps takes 6 cycles
   __m512 part[kChains][N];
   for (auto& chain : part)
@@ -44,7 +44,7 @@ void strip_run(const U32* turned, const std::uint32_t* x, __m512 constants, __m5
 #pragma GCC unroll 16
   for (int i = 0; i < N; i++) {
     if constexpr (kChains == 2) part[0][i] = _mm512_add_ps(part[0][i], part[1][i]);
-    sums[i] = _mm512_fmadd_ps(part[0][i], constants, sums[i]);
+    sums[i].v = _mm512_fmadd_ps(part[0][i], constants, sums[i].v);
   }
 }
 
@@ -68,10 +68,9 @@ void with_pass_rows(int rows, Body&& body) {
   }
 }
 
-// One strip of W with all rows of x: a vector of sums each. constants [run][16 rows].
+// sums += one strip of W times all rows of x, a vector each. constants [run][16 rows].
 inline void strip(const Matrix4& w, std::int64_t first_row, const float* constants, __m512i table, const std::uint32_t* x,
-                  const Passes& passes, __m512* sums) {
-  for (int i = 0; i < passes.quads * kQuad; i++) sums[i] = _mm512_setzero_ps();
+                  const Passes& passes, F32* sums) {
   for (std::int64_t start = 0; start < w.k; start += kGroup) {
     const int runs = w.k - start < kGroup ? 1 : 2;
     const __mmask64 bytes = runs == 1 ? 0xffffffff : ~__mmask64{0};
@@ -94,8 +93,10 @@ inline void strip(const Matrix4& w, std::int64_t first_row, const float* constan
   }
 }
 
-template <class Out>
-void strips_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
+// start(first row of W, rows of W, sums) sets the m sums of a strip, a vector for each row of x; then
+// out(first row of W, rows of W, row of x, sums).
+template <class Start, class Out>
+void strips_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::int64_t m, int threads, Start start, Out out) {
   const Passes passes(m);
   const std::int64_t cells = passes.quads * kQuad * w.k / 2, slab = w.k / kRun * kLanes, units = (w.rows + kLanes - 1) / kLanes;
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(cells + slab * std::max(threads, 1)));
@@ -112,13 +113,12 @@ void strips_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::int6
     for (std::int64_t unit = begin; unit < end; unit++) {
       const std::int64_t first = unit * kLanes;
       turn_constants(w, first, 0, w.k / kRun, constants, kLanes);
-      __m512 sums[kStripsUpTo];
+      const int count = static_cast<int>(std::min<std::int64_t>(kLanes, w.rows - first));
+      F32 sums[kStripsUpTo];
+      for (F32& s : sums) s = broadcast(0.0f);
+      start(first, count, sums);
       strip(w, first, constants, table, factors, passes, sums);
-      float lanes[kLanes];
-      for (std::int64_t i = 0; i < m; i++) {
-        _mm512_storeu_ps(lanes, sums[i]);
-        for (int row = 0; row < kLanes && first + row < w.rows; row++) out(first + row, i, lanes[row]);
-      }
+      for (std::int64_t i = 0; i < m; i++) out(first, count, i, sums[i]);
     }
   });
 }
@@ -134,7 +134,7 @@ void few_product_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std:
   if (m == 1) return few_rows_bf16<1>(w, x, stride, m, threads, out);
   if (m == 2) return few_rows_bf16<2>(w, x, stride, m, threads, out);
   if (m <= 4) return few_rows_bf16<4>(w, x, stride, m, threads, out);
-  return strips_bf16(w, x, stride, m, threads, out);
+  return strips_bf16(w, x, stride, m, threads, [](std::int64_t, int, F32*) {}, out);
 }
 
 }  // namespace peftk::PEFTK_TIER

@@ -30,6 +30,8 @@ struct BaseDense {
     };
   }
   template <class>
+  static constexpr bool kHasStrips = false;
+  template <class>
   bool few_fits(std::int64_t m) const {
     return m <= kFewDenseRows && !turned;
   }

@@ -10,8 +10,8 @@ namespace {
 
 template <class T>
 void few_forward(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
-  few_product(w, x, stride, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
-    y[i * w.rows + row] = narrow<T>(bias ? sum + widen(bias[row]) : sum);
+  few_product(w, x, stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+    store_sums(y + i * w.rows + row, sums, count, bias ? bias + row : nullptr);
   });
 }
 

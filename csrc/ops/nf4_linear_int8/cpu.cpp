@@ -14,11 +14,7 @@ void integer_dots(const Matrix4& w, const Table8& table, const T* x, std::int64_
                   int threads) {
 #ifdef PEFTK_TIER_IS_AVX512_BF16
   product_int8(w, table, x, stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
-    T* const p = y + i * w.rows + row;
-    if (count == kLanes) return store(p, bias ? sums + load(bias + row) : sums);
-    float lanes[kLanes];
-    store(lanes, sums);
-    for (int l = 0; l < count; l++) p[l] = narrow<T>(bias ? lanes[l] + widen(bias[row + l]) : lanes[l]);
+    store_sums(y + i * w.rows + row, sums, count, bias ? bias + row : nullptr);
   });
 #else
   (void)w, (void)table, (void)x, (void)stride, (void)m, (void)bias, (void)y, (void)threads;
@@ -44,8 +40,8 @@ template <class T>
 void rounded_product(const Matrix4& w, const float* x, std::int64_t m, const T* bias, T* y, int threads) {
   using Cell = FloatCell;
   if (few_fits<float>(w, m))
-    return few_product(w, x, w.k, m, threads, [&](std::int64_t row, std::int64_t i, float sum) {
-      y[i * w.rows + row] = narrow<T>(bias ? sum + widen(bias[row]) : sum);
+    return few_product(w, x, w.k, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+      store_sums(y + i * w.rows + row, sums, count, bias ? bias + row : nullptr);
     });
   const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(m, w.k)));
   auto* const left = packed.as<std::uint32_t>();

@@ -29,6 +29,18 @@ struct Base4 {
   void few_product(const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) const {
     PEFTK_TIER::few_product(w, x, stride, m, threads, out);
   }
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+  template <class T>
+  static constexpr bool kHasStrips = std::is_same_v<T, Bf16>;
+  bool strips_fit(std::int64_t m) const { return few_bf16_fits(w, m); }
+  template <class T, class Start, class Out>
+  void strips_product(const T* x, std::int64_t stride, std::int64_t m, int threads, Start start, Out out) const {
+    strips_bf16(w, x, stride, m, threads, start, out);
+  }
+#else
+  template <class>
+  static constexpr bool kHasStrips = false;
+#endif
 };
 
 }  // namespace
