@@ -29,11 +29,11 @@ struct BaseDense {
   }
   template <class>
   bool few_fits(std::int64_t m) const {
-    return m <= kFewDenseRows && !turned;
+    return m <= kFewDenseRows;
   }
   template <class Out>
   void few_product(const T* x, std::int64_t stride, std::int64_t m, int threads, Out out) const {
-    few_dense_product(w, n, k, x, stride, m, threads, out);
+    turned ? few_turned_product(w, n, k, x, stride, m, threads, out) : few_dense_product(w, n, k, x, stride, m, threads, out);
   }
 };
 
