@@ -3,9 +3,9 @@
 #pragma once
 #include <algorithm>
 
-#include "cpu/panel_pairs.h"
 #include "cpu/parallel.h"
-#include "cpu/rows.h"
+#include "cpu/product.h"
+#include "cpu/scratch.h"
 
 namespace peftk::PEFTK_TIER {
 
@@ -71,6 +71,62 @@ void few_dense_dots(const DenseRows<T>& w, std::int64_t k, const DenseRows<T>& x
     for (int o = 0; o < count; o++) lanes[o] = reduce_sum(sum[o][i]);
     out(first, count, i, load(lanes));
   }
+}
+
+// The same with a W that lies as (k, n): its rows are scaled by x and added up, lanes run along n. Sums stay in the first-level
+// cache; kTurnedCols columns at once, so that a row of W is read in runs that the hardware sees coming.
+inline constexpr std::int64_t kTurnedCols = 512, kTurnedRows = 4;
+
+template <int M, class T, class Out>
+void few_turned_block(const DenseRows<T>& w, std::int64_t k, const float* x, std::int64_t first, std::int64_t cols, Out& out) {
+  float sum[M][kTurnedCols] = {};
+  for (std::int64_t chain = 0; chain < k; chain += kTurnedRows * kFewDenseChain) {
+    float part[M][kTurnedCols] = {};
+    const std::int64_t end = std::min(chain + kTurnedRows * kFewDenseChain, k);
+    for (std::int64_t row = chain; row < end; row += kTurnedRows)
+      for (std::int64_t col = 0; col < cols; col += kLanes) {
+        const int here = static_cast<int>(std::min<std::int64_t>(cols - col, kLanes));
+        F32 weight[kTurnedRows];
+        for (int p = 0; p < kTurnedRows; p++)
+          __builtin_prefetch(w.data + std::min(row + kTurnedRows + p, k - 1) * w.stride + first + col);
+        for (int p = 0; p < kTurnedRows; p++)
+          if (row + p < end && here == kLanes)
+            w.template read_whole<1>(row + p, first + col, weight + p);
+          else
+            w.template read<1>(std::min(row + p, end - 1), first + col, row + p < end ? here : 0, weight + p);
+        for (int i = 0; i < M; i++) {
+          F32 s = load(part[i] + col);
+          for (int p = 0; p < kTurnedRows; p++) s = multiply_add(weight[p], broadcast(x[i * (k + kTurnedRows) + row + p]), s);
+          store(part[i] + col, s);
+        }
+      }
+    for (int i = 0; i < M; i++)
+      for (std::int64_t col = 0; col < cols; col += kLanes) store(sum[i] + col, load(sum[i] + col) + load(part[i] + col));
+  }
+  for (std::int64_t col = 0; col < cols; col++)
+    for (int i = 0; i < M; i++) out(first + col, i, sum[i][col]);
+}
+
+template <class T, class Out>
+void few_turned_product(const DenseRows<T>& w, std::int64_t n, std::int64_t k, const T* x, std::int64_t stride, std::int64_t m,
+                        int threads, Out out) {
+  const std::int64_t wide = k + kTurnedRows;
+  const Scratch memory(sizeof(float) * static_cast<std::size_t>(m * wide));
+  auto* const factors = memory.as<float>();
+  std::fill(factors, factors + m * wide, 0.0f);
+  for (std::int64_t i = 0; i < m; i++)
+    for (std::int64_t j = 0; j < k; j++) factors[i * wide + j] = widen(x[i * stride + j]);
+  parallel_for((n + kTurnedCols - 1) / kTurnedCols, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t first = begin * kTurnedCols; first < std::min(end * kTurnedCols, n); first += kTurnedCols) {
+      const std::int64_t cols = std::min(n - first, kTurnedCols);
+      switch (m) {
+        case 1: few_turned_block<1>(w, k, factors, first, cols, out); break;
+        case 2: few_turned_block<2>(w, k, factors, first, cols, out); break;
+        case 3: few_turned_block<3>(w, k, factors, first, cols, out); break;
+        default: few_turned_block<4>(w, k, factors, first, cols, out);
+      }
+    }
+  });
 }
 
 template <class T, class Out>

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from peftk.ops.lora_linear import has_kernel, lora_linear
 from peftk.ops.nf4_lora_linear import check_low_rank
 from peftk.ops.philox_dropout import draw_seed, philox_dropout
 
@@ -35,7 +36,7 @@ def add_low_rank(
 
 
 class _Dense(nn.Module):
-    """What both layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n)."""
+    """What both layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k)."""
 
     def forward_low_rank(
         self,
@@ -47,7 +48,9 @@ class _Dense(nn.Module):
         dropout: float = 0.0,
         seed: int | None = None,
     ) -> torch.Tensor:
-        """forward(x) + scale * D(x if z is None else z) A^T B^T, shapes as in ``peftk.ops.nf4_lora_linear``."""
+        """forward(x) + scale * D(x if z is None else z) A^T B^T, shapes as in ``peftk.ops.lora_linear``."""
+        if has_kernel(x, self.weight):
+            return lora_linear(x, self._rows(), A, B, scale, self.bias, z, dropout, seed)
         return add_low_rank(self.forward(x), x, A, B, scale, z, dropout, seed)
 
     def weight_snapshot(self) -> torch.Tensor:
@@ -69,6 +72,9 @@ class DenseLinear(_Dense, nn.Linear):
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
+
+    def _rows(self) -> torch.Tensor:
+        return self.weight
 
     def dense_weight(self) -> torch.Tensor:
         """W (n, k) in its own dtype; not a copy."""
@@ -98,6 +104,9 @@ class DenseConv1D(_Dense):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight.T, self.bias)
+
+    def _rows(self) -> torch.Tensor:
+        return self.weight.T
 
     def dense_weight(self) -> torch.Tensor:
         """W (n, k) in its own dtype; a view."""

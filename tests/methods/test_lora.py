@@ -84,7 +84,8 @@ def test_outputs_and_gradients_equal_hf(case):
     assert trained.keys() == expected.keys()
     assert {id(p) for p in trained.values()} == {id(p) for p in peftk.trainable_parameters(ours)}
     for key, parameter in trained.items():
-        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        atol = 1e-5 * max(1.0, expected[key].abs().max().item())  # against fp64 both are 1e-6 of the largest off
+        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
     with torch.no_grad(), peftk.disable_adapters(ours):
         assert not torch.allclose(run(ours, kind), y, atol=1e-3)
 
@@ -150,9 +151,9 @@ def test_starts_at_the_base(kind, base):
     y = run(model, kind)
     with peftk.disable_adapters(model):
         assert torch.equal(run(model, kind), plain)
-    if base == "nf4":
+    if base == "nf4" and kind != "t5":  # whose wo is left dense
         assert torch.equal(y, plain)
-    torch.testing.assert_close(y, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)  # without an adapter torch multiplies with a dense weight
 
 
 def test_starts_at_the_base_on_every_implementation(implementation):

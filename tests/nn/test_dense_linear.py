@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from numerics import row_scaled
 from torch import nn
 
+from peftk.native import native
 from peftk.nn import DenseConv1D, DenseLinear
 from peftk.ops import philox_dropout
 
@@ -104,7 +106,23 @@ def test_forward_low_rank(kind, separate_z, dropout):
 def test_a_zero_b_changes_nothing(kind):
     layer, _, _ = make(kind)
     x = torch.randn(5, 24)
-    assert torch.equal(layer.forward_low_rank(x, torch.randn(4, 24), torch.zeros(10, 4), 2.0), layer(x))
+    torch.testing.assert_close(layer.forward_low_rank(x, torch.randn(4, 24), torch.zeros(10, 4), 2.0), layer(x))
+
+
+@kinds
+def test_one_op_where_there_is_a_kernel(kind, monkeypatch):
+    """The op for whatever its kernel takes; torch's products for fp64, for weights of another class, and without kernels."""
+    layer, _, _ = make(kind)
+    A, B = torch.randn(4, 24, requires_grad=True), torch.randn(10, 4)
+    graph = lambda x: layer.to(x.dtype).forward_low_rank(x, A, B, 1.0).grad_fn.name()  # noqa: E731
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if native() else ():
+        assert "LoraLinear" in graph(torch.randn(3, 24, dtype=dtype))
+    assert "LoraLinear" not in graph(torch.randn(3, 24, dtype=torch.float64))
+    monkeypatch.setattr(sys.modules["peftk.ops.lora_linear"], "native", lambda: None)
+    assert "LoraLinear" not in graph(torch.randn(3, 24))
+    layer.weight = nn.Parameter(torch.Tensor._make_subclass(type("Other", (torch.Tensor,), {}), layer.weight.detach()))
+    monkeypatch.undo()
+    assert "LoraLinear" not in graph(torch.randn(3, 24))
 
 
 def test_dropout_seed():

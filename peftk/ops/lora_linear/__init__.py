@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from peftk.native import NATIVE_DTYPE, native
 from peftk.ops import dispatch, library
 from peftk.ops.lora_linear import autograd, cpu, reference
 from peftk.ops.nf4_linear import autocast_input
@@ -39,6 +40,13 @@ def lora_linear(
     check_low_rank(x, weight.shape, A, B, z, dropout)
     seed = (draw_seed() if dropout > 0 else 0) if seed is None else seed
     return torch.ops.peftk.lora_linear(x, weight, A, B, bias, z, scale, dropout, seed)
+
+
+def has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a kernel of ours takes these. Where none does, torch's products by parts are faster than the reference."""
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    cpu_kernel = x.device.type == "cpu" and x.dtype in NATIVE_DTYPE and (torch.compiler.is_compiling() or native() is not None)
+    return plain and cpu_kernel
 
 
 def _check_base(
