@@ -103,8 +103,9 @@ void few_turned_block(const DenseRows<T>& w, std::int64_t k, const float* x, std
     for (int i = 0; i < M; i++)
       for (std::int64_t col = 0; col < cols; col += kLanes) store(sum[i] + col, load(sum[i] + col) + load(part[i] + col));
   }
-  for (std::int64_t col = 0; col < cols; col++)
-    for (int i = 0; i < M; i++) out(first + col, i, sum[i][col]);
+  for (std::int64_t col = 0; col < cols; col += kLanes)
+    for (int i = 0; i < M; i++)
+      out(first + col, static_cast<int>(std::min<std::int64_t>(cols - col, kLanes)), i, load(sum[i] + col));
 }
 
 template <class T, class Out>
