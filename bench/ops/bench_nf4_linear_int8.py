@@ -1,55 +1,52 @@
-"""y = x W^T for inference, bf16 x rounded to 8 bits, W in NF4, beside our own exact product. Truth: fp64 with x and W as stored.
+"""y = x W^T for inference, bf16 x rounded to 8 bits, W in NF4, beside our own exact product and the peers of bench_nf4_linear.
 
-So the error holds the rounding of x and of the table; every other row rounds less. torch's int4 rounds W to other values and is
-held against those. All weights but the dense one fit a 32 MB L3.
+Truth: fp64 with x and W as they are stored, so the rounding of x and of the table counts. Arithmetic is held against the bf16
+peak, which integers may pass.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 import peftk
 from bench import peers
-from bench.measure import Candidate, Case, Goal, Work, relative_error
+from bench.goals import Goal
+from bench.linear import Layer, forward_candidates, forward_work, in_turn
+from bench.measure import Candidate, Case, relative_error
 
-GOAL = Goal("peftk nf4_linear", 1.5)
-ROWS = (1, 4, 16, 128, 512)
+EXACT = "peftk nf4_linear"
+ROWS = {1: 1.2, 4: 1.4, 16: 1.6, 128: 1.6, 512: 1.6}  # rows: times as fast as the exact product
+CALLS = {1: 20, 4: 20, 16: 10}
+LAYERS = 24  # in turn: 210 MB of 4-bit weights
+HEADLINE = "m=16, bf16"
 
 
 def cases(size: int) -> Iterator[Case]:
-    w4 = peftk.quantize_nf4(torch.randn(size, size).mul_(size**-0.5).bfloat16())
-    dense = peers.dense_linear(w4, torch.bfloat16)
-    stored = w4.dequantize(torch.float32)
-    for m in ROWS:
-        yield _case(m, w4, dense, stored)
+    layer = Layer.random(size, size, torch.bfloat16)
+    for m, ratio in ROWS.items():
+        yield case([layer], m, ratio, CALLS.get(m, 1))
+    yield case([Layer.random(size, size, torch.bfloat16) for _ in range(LAYERS)], 1, 1.0)
 
 
-def _case(m: int, w4: peftk.NF4Weight, dense: torch.nn.Linear, stored: torch.Tensor) -> Case:
-    n, k = w4.shape
+def case(layers: list[Layer], m: int, ratio: float, calls: int = 1) -> Case:
+    """``layers`` in turn, one time each, for a figure of one; or one layer, ``calls`` times on end."""
+    n, k = layers[0].w4.shape
     x = torch.randn(m, k).bfloat16()
-    truth = x.double() @ stored.double().T
-    traffic = {"read": x.nbytes, "write": 2 * m * n, "flop": 2 * m * n * k}
-    work = Work(**traffic | {"read": x.nbytes + w4.nbytes})
-    work_dense = Work(**traffic | {"read": x.nbytes + dense.weight.nbytes})
+    exact, *others = forward_candidates(layers, x)
+    truths = [x.double() @ layer.stored().double().T for layer in layers]
 
-    def error(result: torch.Tensor) -> float:
-        return relative_error(result, truth)
+    def ours(layer: Layer) -> peers.Run:
+        return peers.no_grad(lambda: peftk.ops.nf4_linear_int8(x, layer.w4))
 
-    def int4() -> peers.Run:
-        run, used = peers.torch_int4(stored, x)
-        truths["int4"] = x.double() @ used.double().T
-        return run
+    def error(result: torch.Tensor | list[torch.Tensor]) -> float:
+        results = [result] if isinstance(result, torch.Tensor) else result
+        return max(relative_error(y, truth) for y, truth in zip(results, truths, strict=True))
 
-    truths: dict[str, torch.Tensor] = {}
-    return Case(
-        f"m={m}, {n}x{k} bf16, 8-bit activations",
-        work,
-        [
-            Candidate("peftk", peers.no_grad(lambda: peftk.ops.nf4_linear_int8(x, w4)), error),
-            Candidate("peftk nf4_linear", peers.no_grad(lambda: peftk.ops.nf4_linear(x, w4)), error),
-            peers.candidate("bitsandbytes packed", [peers.BITSANDBYTES], lambda: peers.bnb_linear_packed(w4, x), error),
-            Candidate("torch dense", peers.no_grad(lambda: dense(x)), error, work_dense),
-            peers.candidate("torch int4", [], int4, lambda y: relative_error(y, truths["int4"])),
-        ],
-        GOAL,
-    )
+    name = f"m={m}, bf16, {n}x{k}, 8-bit activations"
+    if len(layers) > 1:
+        name += f", from memory ({len(layers)} layers in turn)"
+    elif calls > 1:
+        name += f", in L3 ({calls} calls on end)"
+    candidates = [Candidate("peftk", in_turn([ours(layer) for layer in layers]), error), replace(exact, who=EXACT), *others]
+    return Case(name, forward_work(x, n, layers[0].w4.nbytes), candidates, (Goal(EXACT, ratio),), calls, parts=len(layers))

@@ -14,8 +14,9 @@ def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, size, block_
     return reasons_against_cpu(x, packed, absmax, absmax_scale, absmax_offset, bias) + reasons_against_dtype("x", x.dtype)
 
 
-def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """``run`` for a call that ``dispatch.is_straight``, where there is nothing to complain of or to convert; else None."""
+def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None, kernel: str = "nf4_linear") -> torch.Tensor | None:
+    """``run`` for a call that ``dispatch.is_straight``, where there is nothing to complain of or to convert; else None.
+    ``kernel``: of those that share nf4_linear's arguments."""
     if not dispatch.is_straight(x):
         return None
     if bias is not None and (type(bias) not in PLAIN or (bias.requires_grad and torch.is_grad_enabled())):
@@ -35,7 +36,7 @@ def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None) -> t
         return None
     rows = as_rows(x)
     y = x.new_empty((*x.shape[:-1], n))
-    native().nf4_linear(
+    getattr(native(), kernel)(
         packed.data_ptr(), absmax.data_ptr(), address(w4.absmax_scale), address(w4.absmax_offset), n, k, w4.block_size, number,
         rows.data_ptr(), rows.stride(0), rows.shape[0], dtype, address(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -28,6 +28,8 @@ def nf4_linear_int8(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None = 
     """x (..., k) fp32|bf16|fp16, w4 of shape (n, k), bias (n,) -> (..., n) in x.dtype (under autocast: in its dtype).
     Where a gradient of x or bias is wanted this is ``nf4_linear``: exact, and differentiable. TypeError or ValueError names the
     argument that doesn't fit."""
+    if not torch.compiler.is_compiling() and type(w4) is NF4Weight and (y := cpu.run_straight(x, w4, bias)) is not None:
+        return y
     x, bias = check_linear(x, w4, bias)
     return torch.ops.peftk.nf4_linear_int8(x, *w4.tensors(), w4.shape[0], w4.block_size, w4.quant_type, bias)
 
