@@ -205,12 +205,12 @@ struct Gradients {
 template <class Cell, class Base, class Columns, class T>
 void input_gradients(const Base& base, const Columns& columns, const KeepBits& keep, const Branch& branch, std::int64_t first,
                      std::int64_t count, const std::uint32_t* dy, const std::uint32_t* t, const Gradients<T>& out, int threads) {
-  const auto drop = [&](const Tile& tile) {
+  const auto drop = [&](const Tile& tile, std::size_t) {
     if (!keep.all_stay()) drop_tile(tile, first, keep);
   };
   const auto store_dx = [&](const Tile& tile) { store_tile(out.dx + first * base.k, base.k, tile); };
   const auto store_dz = [&](const Tile& tile) {
-    drop(tile);
+    drop(tile, 0);
     store_tile(out.dz + first * base.k, base.k, tile);
   };
   const auto low = factors(t, branch.r, rows_as_depth<Cell>(branch.a));
