@@ -1,6 +1,7 @@
 // Dropout by Philox: whether an element stays is a function of the seed and of its flat index. A pass over a matrix makes the
 // bits of all its elements first, since tiles and panels meet them in pieces of every shape. Knows no op.
 #pragma once
+#include "cpu/panel_pairs.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 #include "cpu/rows.h"
@@ -49,13 +50,14 @@ class KeepBits {
     words[words_] = 0;  // read together with the last one
   }
   bool all_stay() const { return words_ == 0; }
+  float scale() const { return dropout_.keep_scale; }
 
-  // Factors of kLanes elements from (row, position) on, keep_scale or 0; those past the matrix are anything.
-  F32 factors(std::int64_t row, std::int64_t position) const {
+  // Bit i: element (row, position + i) stays; 57 bits, those past the matrix are anything.
+  std::uint64_t bits(std::int64_t row, std::int64_t position) const {
     const std::int64_t flat = row * columns_ + position;
-    std::uint32_t bits;
+    std::uint64_t bits;
     std::memcpy(&bits, memory_.as<char>() + flat / 8, sizeof bits);
-    return where(bits >> flat % 8, broadcast(dropout_.keep_scale));
+    return bits >> flat % 8;
   }
 
  private:
@@ -64,7 +66,8 @@ class KeepBits {
   Scratch memory_;
 };
 
-// Any source, dropped out.
+// Any source with what doesn't stay set to zero. What stays is not scaled: whoever multiplies it scales the sums, which costs
+// less and rounds nothing.
 template <class Rows>
 struct DroppedRows {
   const Rows& rows;
@@ -74,14 +77,24 @@ struct DroppedRows {
   template <int N>
   void read_whole(std::int64_t row, std::int64_t position, F32* v) const {
     rows.template read_whole<N>(row, position, v);
-    for (int j = 0; j < N; j++) v[j] = v[j] * keep.factors(row, position + j * kLanes);
+    for (int j = 0; j < N; j++) v[j] = where(static_cast<std::uint32_t>(keep.bits(row, position + j * kLanes)), v[j]);
   }
   template <int N>
   void read(std::int64_t row, std::int64_t position, int count, F32* v) const {
     rows.template read<N>(row, position, count, v);
     for (int j = 0; j < N; j++)
-      if (lanes_left(count, j)) v[j] = v[j] * keep.factors(row, position + j * kLanes);
+      if (lanes_left(count, j)) v[j] = where(static_cast<std::uint32_t>(keep.bits(row, position + j * kLanes)), v[j]);
   }
 };
+
+#ifdef PEFTK_TIER_IS_AVX512_BF16
+template <>
+inline constexpr bool kLiesInCells<PairCell, DroppedRows<DenseRows<Bf16>>> = true;
+inline const DenseRows<Bf16>& dense_rows(const DroppedRows<DenseRows<Bf16>>& dropped) { return dropped.rows; }
+inline __mmask32 pair_words(const DroppedRows<DenseRows<Bf16>>& dropped, std::int64_t row, std::int64_t position,
+                            std::int64_t count) {
+  return first_words(count) & static_cast<__mmask32>(dropped.keep.bits(row, position));
+}
+#endif
 
 }  // namespace peftk::PEFTK_TIER

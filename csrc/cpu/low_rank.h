@@ -71,8 +71,10 @@ void with_branch_input(const Activations<T>& z, const KeepBits& keep, Body body)
 inline void drop_tile(const Tile& tile, std::int64_t first_row, const KeepBits& keep) {
   for (int i = 0; i < tile.rows; i++) {
     float* const sums = tile.sums + i * tile.stride;
-    for (int j = 0; j < tile.cols; j += kLanes)
-      store(sums + j, load(sums + j) * keep.factors(first_row + tile.row + i, tile.col + j));
+    for (int j = 0; j < tile.cols; j += kLanes) {
+      const auto bits = static_cast<std::uint32_t>(keep.bits(first_row + tile.row + i, tile.col + j));
+      store(sums + j, where(bits, load(sums + j) * broadcast(keep.scale())));
+    }
   }
 }
 
@@ -82,6 +84,9 @@ void low_rank_input(const Activations<T>& z, const KeepBits& keep, const Branch&
                     std::int64_t count, std::uint32_t* left, float* wide, T* kept, int threads) {
   with_branch_input(z, keep, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
   const auto finish = [&](const Tile& tile) {
+    if (!keep.all_stay())
+      for (int i = 0; i < tile.rows * tile.stride; i += kLanes)
+        store(tile.sums + i, load(tile.sums + i) * broadcast(keep.scale()));
     store_tile(wide, branch.r, tile);
     store_tile(kept + first * branch.r, branch.r, tile);
   };
@@ -114,7 +119,7 @@ void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int6
     parallel_for(branch.r, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t j = begin; j < end; j++)
         for (std::int64_t i = 0; i < m; i++) {
-          wide[i * branch.r + j] = dot(rows, i, j);
+          wide[i * branch.r + j] = keep.scale() * dot(rows, i, j);
           kept[i * branch.r + j] = narrow<T>(wide[i * branch.r + j]);
         }
     });
@@ -227,7 +232,7 @@ void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n
                       int threads) {
   const Scratch memory = cells_for<Cell>(branch.r, m);
   auto* const left = memory.as<std::uint32_t>();
-  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
+  pack_all<Cell>(DenseRows<float>{turned, m, keep.scale()}, 0, branch.r, m, left, threads);
   with_type(out.da, branch.a.dtype, [&](auto* da) {
     with_branch_input(z, keep, [&](const auto& rows) {
       product<Cell>(

@@ -50,7 +50,7 @@ void lanes_along(const Rows& rows, std::int64_t first, int used, std::int64_t de
 template <class Cell, class Rows>
 void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
   if constexpr (kLiesInCells<Cell, Rows>)
-    if (rows.scale == 1.0f) return pairs_along(rows, span, panel);
+    if (dense_rows(rows).scale == 1.0f) return pairs_along(rows, span, panel);
   for (int v = 0; v < span.vectors; v++)
     lanes_along<Cell>(rows, span.col + v * kLanes, lanes_left(span.cols, v), span.depth, span.count, span.vectors * kLanes,
                       panel + v * kLanes);
@@ -59,7 +59,7 @@ void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
 template <class Cell, int V, class Rows>
 void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
   if constexpr (kLiesInCells<Cell, Rows>)
-    if (rows.scale == 1.0f) return pairs_across<V>(rows, span, panel);
+    if (dense_rows(rows).scale == 1.0f) return pairs_across<V>(rows, span, panel);
   constexpr int D = Cell::kDepth;
   const std::int64_t whole = span.cols == V * kLanes && rows.aligned() ? span.count / D * D : 0;
   F32 wide[D * V];
@@ -80,7 +80,7 @@ void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
 template <class Cell, class Rows>
 void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
   if constexpr (kLiesInCells<Cell, Rows>)
-    if (rows.scale == 1.0f) return pairs_left(rows, row, count, depth, out);
+    if (dense_rows(rows).scale == 1.0f) return pairs_left(rows, row, count, depth, out);
   constexpr int D = Cell::kDepth, kReach = D * kLanes;
   std::uint32_t cells[kTileRows][kLanes];
   for (std::int64_t d = 0; d < depth; d += kReach) {
