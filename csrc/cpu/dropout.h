@@ -16,21 +16,24 @@ struct Dropout {
   std::uint64_t seed = 0;
 };
 
-inline constexpr std::int64_t kKeepBits = 4 * kPhiloxLanes;  // elements of one call
-static_assert(kKeepBits == 64);
+inline constexpr std::int64_t kKeepBits = 64;  // elements of one call
 
 // Bit i: element 64 * word + i stays.
-[[gnu::noinline]] inline std::uint64_t keep_bits(const Dropout& dropout, std::int64_t word) {
-  const PhiloxWords random = philox(static_cast<std::uint64_t>(word) * kPhiloxLanes, dropout.seed);
+inline std::uint64_t keep_bits(const Dropout& dropout, std::int64_t word) {
+  constexpr int kCounters = kKeepBits / 4;
+  std::uint64_t lanes[4] = {};
+  for (int first = 0; first < kCounters; first += kLanes) {
+    const PhiloxWords random = philox(static_cast<std::uint64_t>(word * kCounters + first), dropout.seed);
+    for (int w = 0; w < 4; w++) lanes[w] |= std::uint64_t{not_below(random.word[w], dropout.drop_below)} << first;
+  }
   std::uint64_t bits = 0;
   for (int w = 0; w < 4; w++) {
-    std::uint64_t lanes = 0;
-    for (int i = 0; i < kPhiloxLanes; i++) lanes |= static_cast<std::uint64_t>(random.word[w][i] >= dropout.drop_below) << i;
-    lanes = (lanes | lanes << 24) & 0x000000ff000000ffu;  // bit i to bit 4 i
-    lanes = (lanes | lanes << 12) & 0x000f000f000f000fu;
-    lanes = (lanes | lanes << 6) & 0x0303030303030303u;
-    lanes = (lanes | lanes << 3) & 0x1111111111111111u;
-    bits |= lanes << w;
+    std::uint64_t spread = lanes[w];
+    spread = (spread | spread << 24) & 0x000000ff000000ffu;  // bit i to bit 4 i
+    spread = (spread | spread << 12) & 0x000f000f000f000fu;
+    spread = (spread | spread << 6) & 0x0303030303030303u;
+    spread = (spread | spread << 3) & 0x1111111111111111u;
+    bits |= spread << w;
   }
   return bits;
 }
