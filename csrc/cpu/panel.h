@@ -100,4 +100,26 @@ void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int6
   }
 }
 
+// The left side whose depth runs down `rows`: columns [0, count) become its rows.
+template <class Cell, class Rows>
+void pack_left_across(const Rows& rows, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
+  constexpr int D = Cell::kDepth;
+  const std::int64_t steps = steps_of<Cell>(depth), padded = (count + kTileRows - 1) / kTileRows * kTileRows;
+  for (std::int64_t col = 0; col < padded; col += kLanes) {
+    const int used = static_cast<int>(std::clamp<std::int64_t>(count - col, 0, kLanes));
+    const std::int64_t kept = std::min<std::int64_t>(padded - col, kLanes);
+    for (std::int64_t step = 0; step < steps; step++) {
+      F32 wide[D];
+      for (F32& v : wide) v = broadcast(0.0f);
+      for (int i = 0; i < D && step * D + i < depth && used; i++) rows.template read<1>(step * D + i, col, used, wide + i);
+      std::uint32_t cells[kLanes];
+      store_cells(cells, cell_across(Cell{}, wide, 1));
+      for (std::int64_t j = 0; j < kept; j++) {
+        const std::int64_t row = col + j;
+        out[(row / kTileRows * steps + step) * kTileRows + row % kTileRows] = cells[j];
+      }
+    }
+  }
+}
+
 }  // namespace peftk::PEFTK_TIER
