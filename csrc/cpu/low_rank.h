@@ -71,9 +71,15 @@ void with_branch_input(const Activations<T>& z, const KeepBits& keep, Body body)
 inline void drop_tile(const Tile& tile, std::int64_t first_row, const KeepBits& keep) {
   for (int i = 0; i < tile.rows; i++) {
     float* const sums = tile.sums + i * tile.stride;
-    for (int j = 0; j < tile.cols; j += kLanes)
-      store(sums + j, load(sums + j) * keep.factors(first_row + tile.row + i, tile.col + j));
+    for (int j = 0; j < tile.cols; j += kLanes) {
+      const auto bits = static_cast<std::uint32_t>(keep.bits(first_row + tile.row + i, tile.col + j));
+      store(sums + j, where(bits, load(sums + j) * broadcast(keep.scale())));
+    }
   }
+}
+
+inline void scale_tile(const Tile& tile, float scale) {
+  for (int i = 0; i < tile.rows * tile.stride; i += kLanes) store(tile.sums + i, load(tile.sums + i) * broadcast(scale));
 }
 
 // S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r). `left` is left with D(z)'s cells.
@@ -82,6 +88,7 @@ void low_rank_input(const Activations<T>& z, const KeepBits& keep, const Branch&
                     std::int64_t count, std::uint32_t* left, float* wide, T* kept, int threads) {
   with_branch_input(z, keep, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
   const auto finish = [&](const Tile& tile) {
+    if (!keep.all_stay()) scale_tile(tile, keep.scale());
     store_tile(wide, branch.r, tile);
     store_tile(kept + first * branch.r, branch.r, tile);
   };
@@ -114,7 +121,7 @@ void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int6
     parallel_for(branch.r, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t j = begin; j < end; j++)
         for (std::int64_t i = 0; i < m; i++) {
-          wide[i * branch.r + j] = dot(rows, i, j);
+          wide[i * branch.r + j] = keep.scale() * dot(rows, i, j);
           kept[i * branch.r + j] = narrow<T>(wide[i * branch.r + j]);
         }
     });
@@ -220,14 +227,14 @@ void input_gradients(const Base& base, const Columns& columns, const KeepBits& k
   if (out.dz) product<Cell>(count, base.k, no_factors(), low, nothing_between(), store_dz, threads);
 }
 
-// dA = T^T D(z) from T^T (r, m) in fp32; dB^T = scale S^T dy from S (m, r). Sums run over all m rows.
+// dA = T^T D(z) from T (m, r) in fp32; dB^T = scale S^T dy from S (m, r). Sums run over all m rows.
 template <class Cell, class T>
 void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n, std::int64_t k, std::int64_t m,
-                      const Activations<T>& dy, const Activations<T>& z, const T* s, float* turned, const Gradients<T>& out,
+                      const Activations<T>& dy, const Activations<T>& z, const T* s, const float* t, const Gradients<T>& out,
                       int threads) {
   const Scratch memory = cells_for<Cell>(branch.r, m);
   auto* const left = memory.as<std::uint32_t>();
-  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
+  pack_left_across<Cell>(DenseRows<float>{t, branch.r, keep.scale()}, branch.r, m, left);
   with_type(out.da, branch.a.dtype, [&](auto* da) {
     with_branch_input(z, keep, [&](const auto& rows) {
       product<Cell>(
@@ -235,14 +242,12 @@ void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n
           [&](const Tile& tile) { store_tile(da, k, tile); }, threads);
     });
   });
-  for (std::int64_t i = 0; i < m; i++)
-    for (std::int64_t j = 0; j < branch.r; j++) turned[j * m + i] = widen(s[i * branch.r + j]);
-  pack_all<Cell>(DenseRows<float>{turned, m}, 0, branch.r, m, left, threads);
+  pack_left_across<Cell>(DenseRows<T>{s, branch.r}, branch.r, m, left);
   with_type(out.db, branch.b.dtype, [&](auto* db) {
     using D = std::remove_pointer_t<decltype(db)>;
     const auto finish = [&](const Tile& tile) {
-      for (int i = 0; i < tile.rows; i++)
-        for (int j = 0; j < tile.cols; j++)
+      for (int j = 0; j < tile.cols; j++)
+        for (int i = 0; i < tile.rows; i++)
           db[(tile.col + j) * branch.r + tile.row + i] = narrow<D>(branch.scale * tile.sums[i * tile.stride + j]);
     };
     const DenseRows<T> rows{dy.data, dy.stride};
@@ -255,30 +260,27 @@ void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t 
                        const Branch& branch, const Gradients<T>& out, int threads) {
   using Cell = CellOf<T>;
   const std::int64_t block = std::min(m, kRowBlock), r = branch.r;
-  const Scratch turned = floats_for(r * m);  // T^T, (r, m)
+  const Scratch all_t = floats_for(m * r);
   const auto columns = base.prepare_columns(threads);
   const KeepBits keep(branch.dropout, m, base.k, threads);
   {
-    const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r), wide = floats_for(block * r);
+    const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r);
     for (std::int64_t first = 0; first < m; first += kRowBlock) {
       const std::int64_t count = std::min(m - first, kRowBlock);
+      float* const t = all_t.as<float>() + first * r;
       pack_all<Cell>(DenseRows<T>{dy.data, dy.stride}, first, count, base.n, left.as<std::uint32_t>(), threads);
       const auto finish = [&](const Tile& tile) {
-        for (int i = 0; i < tile.rows; i++)
-          for (int j = 0; j < tile.cols; j++) {
-            const float t = branch.scale * tile.sums[i * tile.stride + j];
-            wide.as<float>()[(tile.row + i) * r + tile.col + j] = t;
-            turned.as<float>()[(tile.col + j) * m + first + tile.row + i] = t;
-          }
+        scale_tile(tile, branch.scale);
+        store_tile(t, r, tile);
       };
       product<Cell>(count, r, no_factors(), factors(left.as<std::uint32_t>(), base.n, rows_as_depth<Cell>(branch.b)),
                     nothing_between(), finish, threads);
-      pack_all<Cell>(DenseRows<float>{wide.as<float>(), r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
+      pack_all<Cell>(DenseRows<float>{t, r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
       input_gradients<Cell>(base, columns, keep, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(),
                             out, threads);
     }
   }
-  factor_gradients<Cell>(keep, branch, base.n, base.k, m, dy, z, s, turned.as<float>(), out, threads);
+  factor_gradients<Cell>(keep, branch, base.n, base.k, m, dy, z, s, all_t.as<float>(), out, threads);
 }
 
 }  // namespace peftk::PEFTK_TIER

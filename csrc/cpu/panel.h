@@ -50,7 +50,7 @@ void lanes_along(const Rows& rows, std::int64_t first, int used, std::int64_t de
 template <class Cell, class Rows>
 void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
   if constexpr (kLiesInCells<Cell, Rows>)
-    if (rows.scale == 1.0f) return pairs_along(rows, span, panel);
+    if (dense_rows(rows).scale == 1.0f) return pairs_along(rows, span, panel);
   for (int v = 0; v < span.vectors; v++)
     lanes_along<Cell>(rows, span.col + v * kLanes, lanes_left(span.cols, v), span.depth, span.count, span.vectors * kLanes,
                       panel + v * kLanes);
@@ -59,7 +59,7 @@ void panel_along(const Rows& rows, const Span& span, std::uint32_t* panel) {
 template <class Cell, int V, class Rows>
 void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
   if constexpr (kLiesInCells<Cell, Rows>)
-    if (rows.scale == 1.0f) return pairs_across<V>(rows, span, panel);
+    if (dense_rows(rows).scale == 1.0f) return pairs_across<V>(rows, span, panel);
   constexpr int D = Cell::kDepth;
   const std::int64_t whole = span.cols == V * kLanes && rows.aligned() ? span.count / D * D : 0;
   F32 wide[D * V];
@@ -80,7 +80,7 @@ void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
 template <class Cell, class Rows>
 void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
   if constexpr (kLiesInCells<Cell, Rows>)
-    if (rows.scale == 1.0f) return pairs_left(rows, row, count, depth, out);
+    if (dense_rows(rows).scale == 1.0f) return pairs_left(rows, row, count, depth, out);
   constexpr int D = Cell::kDepth, kReach = D * kLanes;
   std::uint32_t cells[kTileRows][kLanes];
   for (std::int64_t d = 0; d < depth; d += kReach) {
@@ -97,6 +97,28 @@ void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int6
     const int steps = static_cast<int>(steps_of<Cell>(here));
     for (int step = 0; step < steps; step++, out += kTileRows)
       for (int i = 0; i < kTileRows; i++) out[i] = cells[i][step];
+  }
+}
+
+// The left side whose depth runs down `rows`: columns [0, count) become its rows.
+template <class Cell, class Rows>
+void pack_left_across(const Rows& rows, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
+  constexpr int D = Cell::kDepth;
+  const std::int64_t steps = steps_of<Cell>(depth), padded = (count + kTileRows - 1) / kTileRows * kTileRows;
+  for (std::int64_t col = 0; col < padded; col += kLanes) {
+    const int used = static_cast<int>(std::clamp<std::int64_t>(count - col, 0, kLanes));
+    const std::int64_t kept = std::min<std::int64_t>(padded - col, kLanes);
+    for (std::int64_t step = 0; step < steps; step++) {
+      F32 wide[D];
+      for (F32& v : wide) v = broadcast(0.0f);
+      for (int i = 0; i < D && step * D + i < depth && used; i++) rows.template read<1>(step * D + i, col, used, wide + i);
+      std::uint32_t cells[kLanes];
+      store_cells(cells, cell_across(Cell{}, wide, 1));
+      for (std::int64_t j = 0; j < kept; j++) {
+        const std::int64_t row = col + j;
+        out[(row / kTileRows * steps + step) * kTileRows + row % kTileRows] = cells[j];
+      }
+    }
   }
 }
 

@@ -3,35 +3,31 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/tile.h"
+
 namespace peftk::PEFTK_TIER {
 
-inline constexpr int kPhiloxLanes = 16;  // counters computed side by side, so that the compiler can use vectors
-
 struct PhiloxWords {
-  std::uint32_t word[4][kPhiloxLanes];
+  U32 word[4];  // a counter in each lane
 };
 
-inline PhiloxWords philox(std::uint64_t first_counter, std::uint64_t key) {
-  PhiloxWords c;
-  for (int i = 0; i < kPhiloxLanes; i++) {
-    c.word[0][i] = static_cast<std::uint32_t>(first_counter + i);
-    c.word[1][i] = static_cast<std::uint32_t>((first_counter + i) >> 32);
-    c.word[2][i] = c.word[3][i] = 0;
+// The words of the counters first .. first + kLanes - 1.
+inline PhiloxWords philox(std::uint64_t first, std::uint64_t key) {
+  std::uint32_t low[kLanes], high[kLanes];
+  for (int i = 0; i < kLanes; i++) {
+    low[i] = static_cast<std::uint32_t>(first + static_cast<unsigned>(i));
+    high[i] = static_cast<std::uint32_t>((first + static_cast<unsigned>(i)) >> 32);
   }
+  U32 c0 = load_cells(low), c1 = load_cells(high), c2 = zero_bits(), c3 = zero_bits();
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
-  for (int round = 0; round < 10; round++) {
-    for (int i = 0; i < kPhiloxLanes; i++) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c.word[0][i], p1 = std::uint64_t{0xCD9E8D57u} * c.word[2][i];
-      const std::uint32_t w0 = static_cast<std::uint32_t>(p1 >> 32) ^ c.word[1][i] ^ k0;
-      const std::uint32_t w2 = static_cast<std::uint32_t>(p0 >> 32) ^ c.word[3][i] ^ k1;
-      c.word[1][i] = static_cast<std::uint32_t>(p1);
-      c.word[3][i] = static_cast<std::uint32_t>(p0);
-      c.word[0][i] = w0;
-      c.word[2][i] = w2;
-    }
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const WideProduct p0 = multiply_wide(c0, 0xD2511F53u), p1 = multiply_wide(c2, 0xCD9E8D57u);
+    c0 = p1.high ^ c1 ^ words(k0);
+    c2 = p0.high ^ c3 ^ words(k1);
+    c1 = p1.low;
+    c3 = p0.low;
   }
-  return c;
+  return {{c0, c1, c2, c3}};
 }
 
 }  // namespace peftk::PEFTK_TIER

@@ -182,8 +182,8 @@ class Product {
                           span.vectors * kLanes};
           with_vectors(span.vectors, [&](auto vectors) {
             constexpr int V = decltype(vectors)::value;
-            if (chunk == 0) start<V>(tile, low_panels + at * low_steps_ * kTileCols);
-            multiply<V>(main_.left + row * line_of(main_) + step * kTileRows, panels + at * chunks_.steps * kTileCols, steps,
+            const bool add = chunk > 0 || start<V>(tile, low_panels + at * low_steps_ * kTileCols);
+            multiply<V>(main_.left + row * line_of(main_) + step * kTileRows, panels + at * chunks_.steps * kTileCols, steps, add,
                         tile.sums);
           });
           if (chunk + 1 == chunks_.count) finish_(tile);
@@ -199,28 +199,32 @@ class Product {
     }
   }
 
+  // The sums of a tile before the first step of the main product; false: there are none, the product begins.
   template <int V>
-  void start(const Tile& tile, const std::uint32_t* low_panel) const {
+  bool start(const Tile& tile, const std::uint32_t* low_panel) const {
     constexpr int kSums = kTileRows * V * kLanes;
-    std::memset(tile.sums, 0, sizeof(float) * kSums);
     alignas(64) float more[kSums];
     for (std::size_t i = 0; i < low_count_; i++) {
       const Low& low = lows_[i];
       const std::int64_t steps = steps_of<Cell>(low.depth);
       Tile own = tile;
-      if (i > 0) std::memset(own.sums = more, 0, sizeof more);
-      multiply<V>(low.left + tile.row * line_of(low), low_panel, steps, own.sums);
+      if (i > 0) own.sums = more;
+      multiply<V>(low.left + tile.row * line_of(low), low_panel, steps, false, own.sums);
       between_(own, i);
       for (int j = 0; i > 0 && j < kSums; j += kLanes) store(tile.sums + j, load(tile.sums + j) + load(more + j));
       low_panel += steps * V * kLanes;
     }
+    return low_count_ > 0;
   }
 
   template <int V>
-  static void multiply(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* sums) {
-    const std::int64_t chain = Cell::kDepth == 1 && steps <= kSmallDepth ? kShortChainSteps : kChainSteps;
-    for (std::int64_t step = 0; step < steps; step += chain)
-      multiply_tile<Cell, V>(left + step * kTileRows, panel + step * V * kLanes, std::min(steps - step, chain), sums);
+  static void multiply(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* sums) {
+    const std::int64_t most = Cell::kDepth == 1 && steps <= kSmallDepth ? kShortChainSteps : kChainSteps;
+    const std::int64_t chains = std::max<std::int64_t>((steps + most / 2 - 1) / most, 1);  // of 3/2 of `most` at most
+    for (std::int64_t chain = 0; chain < chains; chain++) {
+      const std::int64_t from = steps * chain / chains, to = steps * (chain + 1) / chains;
+      multiply_tile<Cell, V>(left + from * kTileRows, panel + from * V * kLanes, to - from, add || chain, sums);
+    }
   }
 
   std::int64_t m_, cols_, low_steps_ = 0;
@@ -247,10 +251,10 @@ void product(std::int64_t m, std::int64_t cols, const std::vector<Factors<Panel>
 template <class T>
 void store_row(T* out, const float* sums, int count) {
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, load(sums + i));
+  for (; i + kLanes <= count; i += kLanes) store_sum(out + i, load(sums + i));
   if (i == count) return;
   T few[kLanes];
-  store(few, load(sums + i));
+  store_sum(few, load(sums + i));
   std::memcpy(out + i, few, sizeof(T) * static_cast<std::size_t>(count - i));
 }
 
@@ -270,6 +274,7 @@ void store_tile(T* out, std::int64_t stride, const Tile& tile) {
 // One number as T, and back.
 template <class T>
 T narrow(float x) {
+  if constexpr (std::is_same_v<T, float>) return x;
   T lanes[kLanes];
   store(lanes, broadcast(x));
   return lanes[0];

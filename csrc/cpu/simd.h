@@ -10,6 +10,9 @@
 //   lookup256                      the same for 256 fp32 by kLanes bytes
 //   nibbles, pack_nibbles          kLanes/2 bytes <-> kLanes codes; even elements in the high nibble
 //   shift_right(U32, bits)         of each lane
+//   words(uint32), operator^         the same word in all lanes; bit by bit
+//   multiply_wide(U32, uint32)       64-bit products of the lanes: {high words, low words}
+//   not_below(U32, uint32)           bit i: lane i is at least as large
 //   where(bits, F32)               lane i where bit i is set, else 0; other bits don't matter
 #pragma once
 #include <cmath>

@@ -117,6 +117,21 @@ inline void store_bytes(std::uint8_t* out, U32 x) {
 inline F32 lookup256(const float* table, const std::uint8_t* index) {
   return {_mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index)), 4)};
 }
+inline U32 words(std::uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+inline U32 operator^(U32 a, U32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+struct WideProduct {
+  U32 high, low;
+};
+inline WideProduct multiply_wide(U32 x, std::uint32_t factor) {
+  const __m256i f = words(factor).v;
+  const __m256i even = _mm256_mul_epu32(x.v, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(x.v, 32), f);
+  return {{_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)},
+          {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)}};
+}
+inline std::uint32_t not_below(U32 x, std::uint32_t limit) {
+  const __m256i at_least = _mm256_cmpeq_epi32(_mm256_max_epu32(x.v, words(limit).v), x.v);
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(at_least)));
+}
 inline F32 where(std::uint32_t bits, F32 x) {
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);

@@ -114,6 +114,18 @@ inline void store_bytes(std::uint8_t* out, U32 x) { _mm_storeu_si128((__m128i*)o
   }
   return {part[0]};
 }
+inline U32 words(std::uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+inline U32 operator^(U32 a, U32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+struct WideProduct {
+  U32 high, low;
+};
+inline WideProduct multiply_wide(U32 x, std::uint32_t factor) {
+  const __m512i f = words(factor).v;
+  const __m512i even = _mm512_mul_epu32(x.v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(x.v, 32), f);
+  return {{_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd)},
+          {_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32))}};
+}
+inline std::uint32_t not_below(U32 x, std::uint32_t limit) { return _mm512_cmpge_epu32_mask(x.v, words(limit).v); }
 inline F32 where(std::uint32_t bits, F32 x) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x.v)}; }
 #ifdef PEFTK_TIER_IS_AVX512_BF16
 // 64 at once by VBMI, out[j] = table[index[16 j]] and on: each byte of the values is a table of its own, and vpermi2b looks 64

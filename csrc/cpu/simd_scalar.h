@@ -152,6 +152,32 @@ inline F32 lookup256(const float* table, const std::uint8_t* index) {
   for (int i = 0; i < kLanes; i++) v.lane[i] = table[index[i]];
   return v;
 }
+inline U32 words(std::uint32_t x) {
+  U32 v;
+  for (std::uint32_t& lane : v.lane) lane = x;
+  return v;
+}
+inline U32 operator^(U32 a, U32 b) {
+  for (int i = 0; i < kLanes; i++) a.lane[i] ^= b.lane[i];
+  return a;
+}
+struct WideProduct {
+  U32 high, low;
+};
+inline WideProduct multiply_wide(U32 x, std::uint32_t factor) {
+  WideProduct product;
+  for (int i = 0; i < kLanes; i++) {
+    const std::uint64_t wide = std::uint64_t{factor} * x.lane[i];
+    product.high.lane[i] = static_cast<std::uint32_t>(wide >> 32);
+    product.low.lane[i] = static_cast<std::uint32_t>(wide);
+  }
+  return product;
+}
+inline std::uint32_t not_below(U32 x, std::uint32_t limit) {
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; i++) bits |= static_cast<std::uint32_t>(x.lane[i] >= limit) << i;
+  return bits;
+}
 inline F32 where(std::uint32_t bits, F32 x) {
   for (int i = 0; i < kLanes; i++) x.lane[i] = bits >> i & 1u ? x.lane[i] : 0.0f;
   return x;

@@ -3,7 +3,8 @@
 //
 //   left    [groups of kTileRows rows][steps][kTileRows] cells
 //   panel   [steps][V * kLanes] cells
-//   multiply_tile<Cell, V>(left, panel, steps, tile)   tile[kTileRows][V * kLanes] += left * panel
+//   multiply_tile<Cell, V>(left, panel, steps, add, tile)   tile[kTileRows][V * kLanes] = (add ? itself : 0) + left * panel
+//   store_sum(T*, F32)                                 store of simd.h, but a bf16 denormal may become zero
 //   transpose(U32[kLanes])                             a square of cells, in place
 #pragma once
 #include <cstdint>
@@ -44,6 +45,13 @@ constexpr std::int64_t steps_of(std::int64_t depth) {
 #endif
 
 namespace peftk::PEFTK_TIER {
+
+#ifndef PEFTK_TIER_IS_AVX512_BF16
+template <class T>
+void store_sum(T* p, F32 x) {
+  store(p, x);
+}
+#endif
 
 inline constexpr int kTileCols = kTileVectors * kLanes;
 

@@ -37,7 +37,7 @@ inline void transpose(U32 (&r)[8]) {
 }
 
 template <class Cell, int V>
-void multiply_tile(const std::uint32_t* left_cells, const std::uint32_t* panel_cells, std::int64_t steps, float* tile) {
+void multiply_tile(const std::uint32_t* left_cells, const std::uint32_t* panel_cells, std::int64_t steps, bool add, float* tile) {
   static_assert(std::is_same_v<Cell, FloatCell>);
   const float *left = reinterpret_cast<const float*>(left_cells), *panel = reinterpret_cast<const float*>(panel_cells);
   __m256 sum[kTileRows][V];
@@ -61,7 +61,7 @@ void multiply_tile(const std::uint32_t* left_cells, const std::uint32_t* panel_c
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       float* const p = tile + (i * V + v) * kLanes;
-      _mm256_storeu_ps(p, _mm256_add_ps(_mm256_loadu_ps(p), sum[i][v]));
+      _mm256_storeu_ps(p, add ? _mm256_add_ps(_mm256_loadu_ps(p), sum[i][v]) : sum[i][v]);
     }
 }
 

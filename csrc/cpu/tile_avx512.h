@@ -23,6 +23,13 @@ inline __m512 multiply_add(FloatCell, __m512 sum, __m512i a, __m512i b) {
 inline __m512 multiply_add(PairCell, __m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+template <class T>
+void store_sum(T* p, F32 x) {
+  if constexpr (std::is_same_v<T, Bf16>)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+  else
+    store(p, x);
+}
 // 32 neighbours along the depth -> 16 cells.
 inline U32 pair_neighbours(F32 first, F32 second) { return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v))}; }
 // Cell i = (low[i], high[i]).
@@ -70,7 +77,7 @@ inline F32 sum_lanes(U32 (&rows)[16]) {
 }
 
 template <class Cell, int V>
-void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* tile) {
+void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* tile) {
   __m512 sum[kTileRows][V];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; i++)
@@ -92,7 +99,7 @@ void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::i
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) {
       float* const p = tile + (i * V + v) * kLanes;
-      _mm512_storeu_ps(p, _mm512_add_ps(_mm512_loadu_ps(p), sum[i][v]));
+      _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][v]) : sum[i][v]);
     }
 }
 

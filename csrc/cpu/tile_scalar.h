@@ -29,7 +29,7 @@ inline void transpose(U32 (&r)[kLanes]) {
 }
 
 template <class Cell, int V>
-void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* tile) {
+void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* tile) {
   static_assert(std::is_same_v<Cell, FloatCell> && V == 1);
   float sum[kTileRows][kLanes] = {};
   for (std::int64_t step = 0; step < steps; step++, left += kTileRows, panel += kLanes) {
@@ -41,7 +41,10 @@ void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::i
     }
   }
   for (int i = 0; i < kTileRows; i++)
-    for (int lane = 0; lane < kLanes; lane++) tile[i * kLanes + lane] += sum[i][lane];
+    for (int lane = 0; lane < kLanes; lane++) {
+      float& cell = tile[i * kLanes + lane];
+      cell = add ? cell + sum[i][lane] : sum[i][lane];
+    }
 }
 
 }  // namespace peftk::PEFTK_TIER
