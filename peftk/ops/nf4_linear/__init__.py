@@ -51,11 +51,11 @@ def check_many(x: torch.Tensor, w4: Sequence[NF4Weight], bias: Sequence[Bias] | 
     return checked[0][0], [b for _, b in checked]
 
 
-def per_weight(name: str, values: Any, count: int) -> list[Any]:
-    """One value for each of ``count`` weights: a list of as many, or None for all of them."""
+def per_weight(name: str, values: Any, count: int, optional: bool = True) -> list[Any]:
+    """One value for each of ``count`` weights: a list of as many, or where ``optional`` None for all of them."""
     if count == 0:
         raise ValueError("w4: expected at least one weight, got an empty list")
-    if values is None:
+    if values is None and optional:
         return [None] * count
     if not isinstance(values, (list, tuple)) or len(values) != count:
         got = f"{len(values)} of them" if isinstance(values, (list, tuple)) else type(values).__name__
