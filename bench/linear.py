@@ -21,6 +21,7 @@ from peftk import NF4Weight
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 ARITHMETIC = {torch.bfloat16: torch.bfloat16, torch.float32: torch.float32, torch.float16: torch.float32}
 RANK, SCALE, SEED = 16, 2.0, 7
+SEPARATE = "peftk, a call for each"
 
 
 @dataclass(frozen=True)
@@ -176,3 +177,37 @@ def training_candidates(layer: Layer, step: Step, check: bool = True) -> list[Ca
         peers.candidate(on_bnb, [peers.HF_PEFT, peers.BITSANDBYTES], bnb, known),
         peers.candidate(on_dense, [peers.HF_PEFT], dense, known, dense_work),
     ]
+
+
+# ---- several layers that share x --------------------------------------------------------------------------------------------
+
+
+def shared_candidates(layers: Sequence[Layer], steps: Sequence[Step], backward: bool, check: bool = True) -> list[Candidate]:
+    """One call with a list of layers against a call for each; every y, and where ``backward`` dx, every dA, every dB. The steps
+    share the first one's x."""
+    x, weights = steps[0].x.detach().requires_grad_(backward), [layer.w4 for layer in layers]
+    A, B, dys = [s.A for s in steps], [s.B for s in steps], [s.dy for s in steps]
+    leaves, op = (x, *A, *B), peftk.ops.nf4_lora_linear
+
+    def finished(forward: Callable[[], list[torch.Tensor]]) -> peers.Run:
+        def run() -> list[torch.Tensor]:
+            ys = forward()
+            return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
+
+        return run if backward else peers.no_grad(forward)
+
+    def truth() -> list[torch.Tensor]:
+        each = [Step(x, s.dy, s.A, s.B).truth(layer.w4) for s, layer in zip(steps, layers, strict=True)]
+        ys, dxs, dAs, dBs = zip(*each, strict=True)
+        return [*ys, sum(dxs), *dAs, *dBs] if backward else list(ys)
+
+    truths = truth() if check else []
+
+    def error(results: Sequence[torch.Tensor]) -> float:
+        return max(relative_error(result, t) for result, t in zip(results, truths, strict=True))
+
+    runs = {
+        "peftk": lambda: op(x, weights, A, B, SCALE),
+        SEPARATE: lambda: [op(x, *parts, SCALE) for parts in zip(weights, A, B, strict=True)],
+    }
+    return [Candidate(who, finished(run), error if check else None) for who, run in runs.items()]
