@@ -117,6 +117,17 @@ def test_compile_and_opcheck():
     assert all(torch.equal(a, b) for a, b in zip(ys, eager, strict=True))
 
 
+@pytest.mark.parametrize("m", [3, 60])
+def test_the_straight_way_and_the_dispatcher_agree(m):
+    """A call without gradients for few rows of x skips torch's dispatcher; more rows share a packed x."""
+    weights, x, bias = weights_of(64, (24, 9)), torch.randn(m, 64), [None, torch.randn(9)]
+    tensors = [list(parts) for parts in zip(*(w.tensors() for w in weights), strict=True)]
+    through = torch.ops.peftk.nf4_linear_many(x, *tensors, [24, 9], [64, 128], ["nf4", "nf4"], bias)
+    assert all(torch.equal(a, b) for a, b in zip(nf4_linear(x, weights, bias), through, strict=True))
+    bias[1].requires_grad_()
+    assert all(y.requires_grad for y in nf4_linear(x, weights, bias))
+
+
 def test_bad_arguments_are_named():
     weights, x = weights_of(64, (8, 24)), torch.randn(4, 64)
     with pytest.raises(ValueError, match=r"x: expected \(\.\.\., 32\) for w4\[1\] of shape \(8, 32\), got \(4, 64\)"):

@@ -38,6 +38,8 @@ def nf4_linear(x, w4, bias=None):
     if not torch.compiler.is_compiling() and type(w4) is NF4Weight and (y := cpu.run_straight(x, w4, bias)) is not None:
         return y
     if isinstance(w4, (list, tuple)):
+        if not torch.compiler.is_compiling() and (ys := cpu.run_straight_many(x, w4, bias)) is not None:
+            return ys
         x, bias = check_many(x, w4, bias)
         return torch.ops.peftk.nf4_linear_many(x, *facts_of(w4), bias)
     x, bias = check_linear(x, w4, bias)

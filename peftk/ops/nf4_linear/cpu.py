@@ -1,6 +1,7 @@
 """csrc/ops/nf4_linear/cpu.cpp"""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -50,6 +51,26 @@ def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None, kern
         rows.data_ptr(), rows.stride(0), rows.shape[0], dtype, address(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+FEW_ROWS = 48  # as kStripsUpTo in csrc/cpu/strips_bf16.h: no panels, so weights share nothing of x worth a dispatcher's 50 us
+
+
+def run_straight_many(x: torch.Tensor, w4: Sequence[NF4Weight], bias: Any) -> list[torch.Tensor] | None:
+    """``run_straight`` for each of a list of weights, where x has few rows and nothing is to complain of; else None."""
+    biases = bias if isinstance(bias, (list, tuple)) else [None] * len(w4)
+    if x.dim() == 0 or x.numel() > FEW_ROWS * x.shape[-1] or len(biases) != len(w4) or not (bias is None or bias is biases):
+        return None
+    ys = []
+    for weight, one in zip(w4, biases, strict=True):
+        try:
+            y = run_straight(x, weight, one) if type(weight) is NF4Weight else None
+        except (TypeError, ValueError):  # parts that don't fit: the checks of a list name the weight
+            return None
+        if y is None:
+            return None
+        ys.append(y)
+    return ys or None
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
