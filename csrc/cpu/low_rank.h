@@ -180,13 +180,13 @@ void low_rank_forward(const Base& base, const Activations<T>& x, std::int64_t m,
   if (base.template few_fits<T>(m)) return few_forward(base, x, m, z, branch, bias, y, s, threads);
   if constexpr (Base::template kHasStrips<T>)
     if (base.strips_fit(m)) return strips_forward(base, x, m, z, branch, bias, y, s, threads);
-  const std::int64_t block = std::min(m, kRowBlock);
+  const std::int64_t block = row_block<Cell>(m, base.k);
   const KeepBits keep(branch.dropout, m, base.k, threads);
   const bool own_input = z.data != x.data || z.stride != x.stride || !keep.all_stay();
   const Scratch left = cells_for<Cell>(block, base.k), low_left = cells_for<Cell>(block, branch.r);
   const Scratch wide = floats_for(block * branch.r);
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
+  for (std::int64_t first = 0; first < m; first += block) {
+    const std::int64_t count = std::min(m - first, block);
     low_rank_input<Cell>(z, keep, branch, base.k, first, count, left.as<std::uint32_t>(), wide.as<float>(), s, threads);
     const DenseRows<float> scaled{wide.as<float>(), branch.r, branch.scale};
     pack_all<Cell>(scaled, 0, count, branch.r, low_left.as<std::uint32_t>(), threads);
@@ -259,14 +259,14 @@ template <class Base, class T>
 void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t m, const Activations<T>& z, const T* s,
                        const Branch& branch, const Gradients<T>& out, int threads) {
   using Cell = CellOf<T>;
-  const std::int64_t block = std::min(m, kRowBlock), r = branch.r;
+  const std::int64_t block = row_block<Cell>(m, base.n), r = branch.r;
   const Scratch all_t = floats_for(m * r);
   const auto columns = base.prepare_columns(threads);
   const KeepBits keep(branch.dropout, m, base.k, threads);
   {
     const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r);
-    for (std::int64_t first = 0; first < m; first += kRowBlock) {
-      const std::int64_t count = std::min(m - first, kRowBlock);
+    for (std::int64_t first = 0; first < m; first += block) {
+      const std::int64_t count = std::min(m - first, block);
       float* const t = all_t.as<float>() + first * r;
       pack_all<Cell>(DenseRows<T>{dy.data, dy.stride}, first, count, base.n, left.as<std::uint32_t>(), threads);
       const auto finish = [&](const Tile& tile) {

@@ -1,5 +1,5 @@
 // Panels of W^T (forward: 48 rows of W, turned by square transposes) or of W (backward: 48 of its columns) are decoded into the
-// second-level cache and multiplied with kRowBlock packed rows at a time.
+// second-level cache and multiplied with a block of packed rows at a time.
 #include "cpu/few_rows.h"
 #include "cpu/panel4.h"
 #include "cpu/product.h"
@@ -20,10 +20,11 @@ void forward(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, 
   using Cell = CellOf<T>;
   if (m == 0) return;
   if (few_fits<T>(w, m)) return few_forward(w, x, stride, m, bias, y, threads);
-  const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(std::min(m, kRowBlock), w.k)));
+  const std::int64_t block = row_block<Cell>(m, w.k);
+  const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(block, w.k)));
   auto* const left = packed.as<std::uint32_t>();
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
+  for (std::int64_t first = 0; first < m; first += block) {
+    const std::int64_t count = std::min(m - first, block);
     pack_all<Cell>(DenseRows<T>{x, stride}, first, count, w.k, left, threads);
     const auto finish = [&](const Tile& tile) {
       if (bias) add_bias(tile, bias);
@@ -36,11 +37,12 @@ void forward(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, 
 template <class T>
 void backward(const Matrix4& w, const T* dy, std::int64_t stride, std::int64_t m, T* dx, int threads) {
   using Cell = CellOf<T>;
-  const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(std::min(m, kRowBlock), w.rows)));
+  const std::int64_t block = row_block<Cell>(m, w.rows);
+  const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(block, w.rows)));
   auto* const left = packed.as<std::uint32_t>();
   const ColumnConstants constants(w, threads);
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
+  for (std::int64_t first = 0; first < m; first += block) {
+    const std::int64_t count = std::min(m - first, block);
     pack_all<Cell>(DenseRows<T>{dy, stride}, first, count, w.rows, left, threads);
     const auto finish = [&](const Tile& tile) { store_tile(dx + first * w.k, w.k, tile); };
     product<Cell>(count, w.k, no_factors(), factors(left, w.rows, weight_columns<Cell>(w, constants)), nothing_between(), finish,
