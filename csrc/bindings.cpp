@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -26,23 +28,39 @@ namespace py = pybind11;
 
 namespace {
 
-// A pointer parameter becomes an integer one: 0 is nullptr.
+// How a parameter crosses: a pointer as an integer, 0 for nullptr; tuples and lists of such part by part.
 template <class T>
-using Wire = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
-
+struct Wire {
+  using Type = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+  static T read(Type value) {
+    if constexpr (std::is_pointer_v<T>)
+      return reinterpret_cast<T>(value);
+    else
+      return value;
+  }
+};
+template <class... Parts>
+struct Wire<std::tuple<Parts...>> {
+  using Type = std::tuple<typename Wire<Parts>::Type...>;
+  static std::tuple<Parts...> read(const Type& value) {
+    return std::apply([](const auto&... parts) { return std::tuple<Parts...>(Wire<Parts>::read(parts)...); }, value);
+  }
+};
 template <class T>
-T unwire(Wire<T> value) {
-  if constexpr (std::is_pointer_v<T>)
-    return reinterpret_cast<T>(value);
-  else
-    return value;
-}
+struct Wire<std::vector<T>> {
+  using Type = std::vector<typename Wire<T>::Type>;
+  static std::vector<T> read(const Type& values) {
+    std::vector<T> all;
+    for (const auto& value : values) all.push_back(Wire<T>::read(value));
+    return all;
+  }
+};
 
 template <class Result, class... Args, class Pick>
 void expose(py::module_& m, const char* name, Result (*)(Args...), Pick pick) {
-  m.def(name, [pick](Wire<Args>... args) {
+  m.def(name, [pick](typename Wire<std::decay_t<Args>>::Type... args) {
     py::gil_scoped_release without_gil;
-    return pick()(unwire<Args>(args)...);
+    return pick()(Wire<std::decay_t<Args>>::read(args)...);
   });
 }
 
@@ -79,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
   PEFTK_OP(nf4_linear);
   PEFTK_OP(nf4_linear_dx);
   PEFTK_OP(nf4_linear_int8);
+  PEFTK_OP(nf4_linear_many);
   PEFTK_OP(nf4_lora_linear);
   PEFTK_OP(nf4_lora_linear_backward);
   PEFTK_OP(nf4_quantize);

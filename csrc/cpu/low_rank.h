@@ -1,6 +1,7 @@
 // A low-rank branch beside a base product, forward and backward: y = x W^T + bias + scale D(z) A^T B^T. The branch rides on the
 // base product: its sums start from s S B^T (forward) or D(T A) (backward), a few steps of the depth more. Nothing of W's size,
-// no mask and no copy of D(z) is kept; what is made again is made in the packing of a panel. Knows no op. A base provides
+// no mask and no copy of D(z) is kept; what is made again is made in the packing of a panel. Several weights may share x: it is
+// packed once, and dx is one product over all of them. Knows no op. A base provides
 //   n, k                                      the shape of W
 //   weight_rows<Cell>()                       W^T: panels of rows of W, the depth is k
 //   prepare_columns(threads)                  what all panels of columns share
@@ -10,12 +11,15 @@
 //   kHasStrips<T>; strips_fit(m)              whether strips_product(x, stride, m, threads, start, out) is the way
 #pragma once
 #include <algorithm>
+#include <deque>
+#include <vector>
 
 #include "cpu/dropout.h"
 #include "cpu/panel4.h"  // rows_as_columns, rows_as_depth
 #include "cpu/product.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
+#include "cpu/stack.h"
 
 namespace peftk::PEFTK_TIER {
 
@@ -82,11 +86,16 @@ inline void scale_tile(const Tile& tile, float scale) {
   for (int i = 0; i < tile.rows * tile.stride; i += kLanes) store(tile.sums + i, load(tile.sums + i) * broadcast(scale));
 }
 
-// S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r). `left` is left with D(z)'s cells.
 template <class Cell, class T>
-void low_rank_input(const Activations<T>& z, const KeepBits& keep, const Branch& branch, std::int64_t k, std::int64_t first,
-                    std::int64_t count, std::uint32_t* left, float* wide, T* kept, int threads) {
+void pack_branch_input(const Activations<T>& z, const KeepBits& keep, std::int64_t k, std::int64_t first, std::int64_t count,
+                       std::uint32_t* left, int threads) {
   with_branch_input(z, keep, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
+}
+
+// S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r); `left` holds D(z)'s cells.
+template <class Cell, class T>
+void low_rank_input(const std::uint32_t* left, const KeepBits& keep, const Branch& branch, std::int64_t k, std::int64_t first,
+                    std::int64_t count, float* wide, T* kept, int threads) {
   const auto finish = [&](const Tile& tile) {
     if (!keep.all_stay()) scale_tile(tile, keep.scale());
     store_tile(wide, branch.r, tile);
@@ -158,7 +167,8 @@ void strips_forward(const Base& base, const Activations<T>& x, std::int64_t m, c
   using Cell = CellOf<T>;
   const Scratch left = cells_for<Cell>(m, base.k), wide = floats_for(m * branch.r);
   const KeepBits keep(branch.dropout, m, base.k, threads);
-  low_rank_input<Cell>(z, keep, branch, base.k, 0, m, left.as<std::uint32_t>(), wide.as<float>(), kept, threads);
+  pack_branch_input<Cell>(z, keep, base.k, 0, m, left.as<std::uint32_t>(), threads);
+  low_rank_input<Cell>(left.as<std::uint32_t>(), keep, branch, base.k, 0, m, wide.as<float>(), kept, threads);
   const auto start = [&](std::int64_t row, int count, F32* sums) {
     const Scratch turned = floats_for(branch.r * kLanes);  // [r][kLanes rows of B]
     lanes_along<FloatCell>(branch.b, row, count, 0, branch.r, kLanes, turned.as<std::uint32_t>());
@@ -172,70 +182,105 @@ void strips_forward(const Base& base, const Activations<T>& x, std::int64_t m, c
   });
 }
 
+// One of the weights that share x.
 template <class Base, class T>
-void low_rank_forward(const Base& base, const Activations<T>& x, std::int64_t m, const Activations<T>& z, const Branch& branch,
-                      const T* bias, T* y, T* s, int threads) {
+struct Output {
+  Base base;
+  Branch branch;
+  const T* bias;
+  T *y, *s;
+};
+
+// Whether no panels are needed for m rows; the output is there then.
+template <class Base, class T>
+bool forward_without_panels(const Output<Base, T>& o, const Activations<T>& x, std::int64_t m, const Activations<T>& z,
+                            int threads) {
+  if (o.base.template few_fits<T>(m)) {
+    few_forward(o.base, x, m, z, o.branch, o.bias, o.y, o.s, threads);
+    return true;
+  }
+  if constexpr (Base::template kHasStrips<T>)
+    if (o.base.strips_fit(m)) {
+      strips_forward(o.base, x, m, z, o.branch, o.bias, o.y, o.s, threads);
+      return true;
+    }
+  return false;
+}
+
+template <class Base, class T>
+void low_rank_forward(const std::vector<Output<Base, T>>& outputs, const Activations<T>& x, std::int64_t m,
+                      const Activations<T>& z, int threads) {
   using Cell = CellOf<T>;
   if (m == 0) return;
-  if (base.template few_fits<T>(m)) return few_forward(base, x, m, z, branch, bias, y, s, threads);
-  if constexpr (Base::template kHasStrips<T>)
-    if (base.strips_fit(m)) return strips_forward(base, x, m, z, branch, bias, y, s, threads);
-  const std::int64_t block = row_block<Cell>(m, base.k);
-  const KeepBits keep(branch.dropout, m, base.k, threads);
-  const bool own_input = z.data != x.data || z.stride != x.stride || !keep.all_stay();
-  const Scratch left = cells_for<Cell>(block, base.k), low_left = cells_for<Cell>(block, branch.r);
-  const Scratch wide = floats_for(block * branch.r);
+  const std::int64_t k = outputs.front().base.k, block = row_block<Cell>(m, k);
+  struct Pass {
+    const Output<Base, T>& output;
+    KeepBits keep;
+    Scratch low_left;
+    Pass(const Output<Base, T>& o, std::int64_t rows, std::int64_t block_rows, int team)
+        : output(o), keep(o.branch.dropout, rows, o.base.k, team), low_left(cells_for<Cell>(block_rows, o.branch.r)) {}
+  };
+  std::deque<Pass> passes;
+  std::int64_t most = 0;
+  for (const auto& o : outputs) {
+    if (forward_without_panels(o, x, m, z, threads)) continue;
+    passes.emplace_back(o, m, block, threads);
+    most = std::max(most, o.branch.r);
+  }
+  if (passes.empty()) return;
+  const bool own_input = z.data != x.data || z.stride != x.stride || !passes.back().keep.all_stay();
+  const Scratch memory = cells_for<Cell>(block, k), wide = floats_for(block * most);
+  auto* const left = memory.as<std::uint32_t>();
   for (std::int64_t first = 0; first < m; first += block) {
     const std::int64_t count = std::min(m - first, block);
-    low_rank_input<Cell>(z, keep, branch, base.k, first, count, left.as<std::uint32_t>(), wide.as<float>(), s, threads);
-    const DenseRows<float> scaled{wide.as<float>(), branch.r, branch.scale};
-    pack_all<Cell>(scaled, 0, count, branch.r, low_left.as<std::uint32_t>(), threads);
-    if (own_input) pack_all<Cell>(DenseRows<T>{x.data, x.stride}, first, count, base.k, left.as<std::uint32_t>(), threads);
-    const auto finish = [&](const Tile& tile) {
-      if (bias) add_bias(tile, bias);
-      store_tile(y + first * base.n, base.n, tile);
-    };
-    product<Cell>(count, base.n, factors(low_left.as<std::uint32_t>(), branch.r, rows_as_columns<Cell>(branch.b)),
-                  factors(left.as<std::uint32_t>(), base.k, base.template weight_rows<Cell>()), nothing_between(), finish,
-                  threads);
+    bool plain = false;  // left holds z as it is
+    for (const Pass& pass : passes) {
+      const Branch& branch = pass.output.branch;
+      if (!plain || !pass.keep.all_stay()) pack_branch_input<Cell>(z, pass.keep, k, first, count, left, threads);
+      plain = pass.keep.all_stay();
+      low_rank_input<Cell>(left, pass.keep, branch, k, first, count, wide.as<float>(), pass.output.s, threads);
+      const DenseRows<float> scaled{wide.as<float>(), branch.r, branch.scale};
+      pack_all<Cell>(scaled, 0, count, branch.r, pass.low_left.template as<std::uint32_t>(), threads);
+    }
+    if (own_input) pack_all<Cell>(DenseRows<T>{x.data, x.stride}, first, count, k, left, threads);
+    for (const Pass& pass : passes) {
+      const auto& [base, branch, bias, y, s] = pass.output;
+      const std::int64_t n = base.n;
+      const auto finish = [&, bias = bias, y = y](const Tile& tile) {
+        if (bias) add_bias(tile, bias);
+        store_tile(y + first * n, n, tile);
+      };
+      const auto low = factors(pass.low_left.template as<std::uint32_t>(), branch.r, rows_as_columns<Cell>(branch.b));
+      product<Cell>(count, n, low, factors(left, k, base.template weight_rows<Cell>()), nothing_between(), finish, threads);
+    }
   }
 }
 
 template <class T>
-struct Gradients {
+struct InputGradients {
   T *dx, *dz;  // or nullptr
   bool z_is_x;
-  void *da, *db;
 };
 
-// dx and dz of the rows [first, first + count) from packed dy and packed T.
-template <class Cell, class Base, class Columns, class T>
-void input_gradients(const Base& base, const Columns& columns, const KeepBits& keep, const Branch& branch, std::int64_t first,
-                     std::int64_t count, const std::uint32_t* dy, const std::uint32_t* t, const Gradients<T>& out, int threads) {
-  const auto drop = [&](const Tile& tile) {
-    if (!keep.all_stay()) drop_tile(tile, first, keep);
-  };
-  const auto store_dx = [&](const Tile& tile) { store_tile(out.dx + first * base.k, base.k, tile); };
-  const auto store_dz = [&](const Tile& tile) {
-    drop(tile);
-    store_tile(out.dz + first * base.k, base.k, tile);
-  };
-  const auto low = factors(t, branch.r, rows_as_depth<Cell>(branch.a));
-  const auto main = factors(dy, base.n, base.template weight_columns<Cell>(columns));
-  if (out.dx && out.z_is_x) product<Cell>(count, base.k, low, main, drop, store_dx, threads);
-  if (out.dx && !out.z_is_x) product<Cell>(count, base.k, no_factors(), main, nothing_between(), store_dx, threads);
-  if (out.dz) product<Cell>(count, base.k, no_factors(), low, nothing_between(), store_dz, threads);
-}
+// What comes back from one of the weights.
+template <class Base, class T>
+struct Gradient {
+  Base base;
+  Branch branch;
+  Activations<T> dy;
+  const T* s;
+  void *da, *db;
+};
 
 // dA = T^T D(z) from T (m, r) in fp32; dB^T = scale S^T dy from S (m, r). Sums run over all m rows.
 template <class Cell, class T>
 void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n, std::int64_t k, std::int64_t m,
-                      const Activations<T>& dy, const Activations<T>& z, const T* s, const float* t, const Gradients<T>& out,
+                      const Activations<T>& dy, const Activations<T>& z, const T* s, const float* t, void* da_out, void* db_out,
                       int threads) {
   const Scratch memory = cells_for<Cell>(branch.r, m);
   auto* const left = memory.as<std::uint32_t>();
   pack_left_across<Cell>(DenseRows<float>{t, branch.r, keep.scale()}, branch.r, m, left);
-  with_type(out.da, branch.a.dtype, [&](auto* da) {
+  with_type(da_out, branch.a.dtype, [&](auto* da) {
     with_branch_input(z, keep, [&](const auto& rows) {
       product<Cell>(
           branch.r, k, no_factors(), factors(left, m, rows_as_depth<Cell>(rows)), nothing_between(),
@@ -243,7 +288,7 @@ void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n
     });
   });
   pack_left_across<Cell>(DenseRows<T>{s, branch.r}, branch.r, m, left);
-  with_type(out.db, branch.b.dtype, [&](auto* db) {
+  with_type(db_out, branch.b.dtype, [&](auto* db) {
     using D = std::remove_pointer_t<decltype(db)>;
     const auto finish = [&](const Tile& tile) {
       for (int j = 0; j < tile.cols; j++)
@@ -256,31 +301,68 @@ void factor_gradients(const KeepBits& keep, const Branch& branch, std::int64_t n
 }
 
 template <class Base, class T>
-void low_rank_backward(const Base& base, const Activations<T>& dy, std::int64_t m, const Activations<T>& z, const T* s,
-                       const Branch& branch, const Gradients<T>& out, int threads) {
+void low_rank_backward(const std::vector<Gradient<Base, T>>& gradients, std::int64_t m, const Activations<T>& z,
+                       const InputGradients<T>& out, int threads) {
   using Cell = CellOf<T>;
-  const std::int64_t block = row_block<Cell>(m, base.n), r = branch.r;
-  const Scratch all_t = floats_for(m * r);
-  const auto columns = base.prepare_columns(threads);
-  const KeepBits keep(branch.dropout, m, base.k, threads);
+  const std::int64_t k = gradients.front().base.k;
+  std::int64_t depth = 0;
+  for (const auto& g : gradients) depth += g.base.n;
+  const std::int64_t block = row_block<Cell>(m, depth);
+  struct Pass {
+    const Gradient<Base, T>& gradient;
+    KeepBits keep;
+    decltype(std::declval<Base>().prepare_columns(1)) columns;
+    Scratch t, low_left;
+    Pass(const Gradient<Base, T>& g, std::int64_t rows, std::int64_t block_rows, int team)
+        : gradient(g),
+          keep(g.branch.dropout, rows, g.base.k, team),
+          columns(g.base.prepare_columns(team)),
+          t(floats_for(rows * g.branch.r)),
+          low_left(cells_for<Cell>(block_rows, g.branch.r)) {}
+  };
+  std::deque<Pass> passes;
+  Stack<Cell, decltype(gradients.front().base.template weight_columns<Cell>(passes.front().columns))> weights;
+  std::vector<decltype(factors(nullptr, 0, rows_as_depth<Cell>(gradients.front().branch.a)))> lows;
+  for (const auto& g : gradients) {
+    const Pass& pass = passes.emplace_back(g, m, block, threads);
+    weights.add(g.base.n, g.base.template weight_columns<Cell>(pass.columns));
+    lows.push_back(factors(pass.low_left.template as<std::uint32_t>(), g.branch.r, rows_as_depth<Cell>(g.branch.a)));
+  }
   {
-    const Scratch left = cells_for<Cell>(block, base.n), low_left = cells_for<Cell>(block, r);
+    const Scratch memory = cells_for<Cell>(block, weights.depth());
+    auto* const left = memory.as<std::uint32_t>();
     for (std::int64_t first = 0; first < m; first += block) {
       const std::int64_t count = std::min(m - first, block);
-      float* const t = all_t.as<float>() + first * r;
-      pack_all<Cell>(DenseRows<T>{dy.data, dy.stride}, first, count, base.n, left.as<std::uint32_t>(), threads);
-      const auto finish = [&](const Tile& tile) {
-        scale_tile(tile, branch.scale);
-        store_tile(t, r, tile);
+      for (std::size_t i = 0; i < passes.size(); i++) {
+        const auto& [base, branch, dy, s, da, db] = gradients[i];
+        const std::int64_t r = branch.r;
+        const float scale = branch.scale;
+        float* const t = passes[i].t.template as<float>() + first * r;
+        std::uint32_t* const own = weights.left_of(i, left);
+        pack_all<Cell>(DenseRows<T>{dy.data, dy.stride}, first, count, base.n, own, threads, weights.steps());
+        const auto finish = [&](const Tile& tile) {
+          scale_tile(tile, scale);
+          store_tile(t, r, tile);
+        };
+        product<Cell>(count, r, no_factors(), factors(own, base.n, rows_as_depth<Cell>(branch.b), weights.steps()),
+                      nothing_between(), finish, threads);
+        pack_all<Cell>(DenseRows<float>{t, r}, 0, count, r, passes[i].low_left.template as<std::uint32_t>(), threads);
+      }
+      const auto drop = [&](const Tile& tile, std::size_t i) {
+        if (!passes[i].keep.all_stay()) drop_tile(tile, first, passes[i].keep);
       };
-      product<Cell>(count, r, no_factors(), factors(left.as<std::uint32_t>(), base.n, rows_as_depth<Cell>(branch.b)),
-                    nothing_between(), finish, threads);
-      pack_all<Cell>(DenseRows<float>{t, r}, 0, count, r, low_left.as<std::uint32_t>(), threads);
-      input_gradients<Cell>(base, columns, keep, branch, first, count, left.as<std::uint32_t>(), low_left.as<std::uint32_t>(),
-                            out, threads);
+      const auto store_dx = [&](const Tile& tile) { store_tile(out.dx + first * k, k, tile); };
+      const auto store_dz = [&](const Tile& tile) { store_tile(out.dz + first * k, k, tile); };
+      const auto main = factors(left, weights.depth(), weights);
+      if (out.dx && out.z_is_x) product<Cell>(count, k, lows, main, drop, store_dx, threads);
+      if (out.dx && !out.z_is_x) product<Cell>(count, k, no_factors(), main, nothing_between(), store_dx, threads);
+      if (out.dz) product<Cell>(count, k, lows, no_factors(), drop, store_dz, threads);
     }
   }
-  factor_gradients<Cell>(keep, branch, base.n, base.k, m, dy, z, s, all_t.as<float>(), out, threads);
+  for (const Pass& pass : passes) {
+    const auto& [base, branch, dy, s, da, db] = pass.gradient;
+    factor_gradients<Cell>(pass.keep, branch, base.n, k, m, dy, z, s, pass.t.template as<float>(), da, db, threads);
+  }
 }
 
 }  // namespace peftk::PEFTK_TIER

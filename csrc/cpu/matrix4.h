@@ -10,6 +10,7 @@
 #include "cpu/tile.h"
 #include "format/absmax.h"
 #include "format/nf4.h"
+#include "format/weight4.h"
 
 namespace peftk::PEFTK_TIER {
 
@@ -31,6 +32,10 @@ inline Matrix4 make_matrix4(const std::uint8_t* packed, const void* absmax, cons
     throw std::invalid_argument("block_size: expected a power of two from 16 on, got " + std::to_string(block_size));
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
   return {packed, make_absmax(absmax, absmax_scale, absmax_offset), rows, k, shift, code4(quant_type).value};
+}
+inline Matrix4 make_matrix4(const Weight4& weight, std::int64_t k) {
+  const auto& [packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type] = weight;
+  return make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type);
 }
 
 // fp32 constants of the blocks [first, last).

@@ -1,12 +1,13 @@
 // The blocked product: sums[row, col] = start + left * right, panel of columns by panel of columns. A panel of the right side is
 // made once in the second-level cache and multiplied with every group of rows; the whole right side never exists. Knows no op.
 //
-//   result = finish(between(low.left * low.panel) + main.left * main.panel)
+//   result = finish(sum over the lows of between(low.left * low.panel) + main.left * main.panel)
 //
-// `low` is a factor pair of small depth whose product the sums start from (depth 0: they start from zero). Threads split columns
-// and rows, never a sum, so results don't depend on their number.
+// A `low` is a factor pair of small depth; sums start from the lows' products, from zero where there is none. Threads split
+// columns and rows, never a sum, so results don't depend on their number.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
@@ -35,16 +36,18 @@ inline constexpr std::int64_t kChainSteps = 256;
 // In fp32 a small depth needs shorter ones: plain products of small shapes sum many lanes side by side. 4 % of the time.
 inline constexpr std::int64_t kShortChainSteps = 32, kSmallDepth = 512;
 
-// `panel(span, cells)` makes the right side's cells; `left` as pack_left writes it for `depth`.
+// `panel(span, cells)` makes the right side's cells; `left` as pack_left writes it for `depth`, groups of it `line` steps apart
+// (0: as many as the depth has).
 template <class Panel>
 struct Factors {
   const std::uint32_t* left;
   std::int64_t depth;
   Panel panel;
+  std::int64_t line;
 };
 template <class Panel>
-Factors<Panel> factors(const std::uint32_t* left, std::int64_t depth, Panel panel) {
-  return {left, depth, panel};
+Factors<Panel> factors(const std::uint32_t* left, std::int64_t depth, Panel panel, std::int64_t line = 0) {
+  return {left, depth, panel, line};
 }
 inline auto no_factors() {
   return factors(nullptr, 0, [](const Span&, std::uint32_t*) {});
@@ -59,8 +62,9 @@ struct Tile {
   int cols, stride;
 };
 
+// between(tile, low) meets the product of one low by itself.
 inline auto nothing_between() {
-  return [](const Tile&) {};
+  return [](const Tile&, std::size_t) {};
 }
 
 inline std::int64_t groups_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
@@ -73,11 +77,13 @@ std::int64_t left_cells(std::int64_t rows, std::int64_t depth) {
 }
 
 template <class Cell, class Rows>
-void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int64_t depth, std::uint32_t* out, int threads) {
+void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int64_t depth, std::uint32_t* out, int threads,
+              std::int64_t line = 0) {
+  if (line == 0) line = steps_of<Cell>(depth);
   parallel_for(groups_of(count), threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t group = begin; group < end; group++) {
       const std::int64_t row = group * kTileRows;
-      pack_left<Cell>(rows, first + row, count - row, depth, out + row * steps_of<Cell>(depth));
+      pack_left<Cell>(rows, first + row, count - row, depth, out + row * line);
     }
   });
 }
@@ -103,14 +109,18 @@ struct Chunks {
 template <class Cell, class Low, class Main, class Between, class Finish>
 class Product {
  public:
-  Product(std::int64_t m, std::int64_t cols, const Low& low, const Main& main, const Between& between, const Finish& finish)
+  Product(std::int64_t m, std::int64_t cols, const Low* lows, std::size_t low_count, const Main& main, const Between& between,
+          const Finish& finish)
       : m_(m),
         cols_(cols),
-        low_(low),
+        lows_(lows),
+        low_count_(low_count),
         main_(main),
         between_(between),
         finish_(finish),
-        chunks_(main.depth, kPanelSteps / kUnitPanels) {}
+        chunks_(main.depth, kPanelSteps / kUnitPanels) {
+    for (std::size_t i = 0; i < low_count; i++) low_steps_ += steps_of<Cell>(lows[i].depth);
+  }
 
   void run(int threads) const {
     const std::int64_t panels = (cols_ + kTileCols - 1) / kTileCols, groups = groups_of(m_);
@@ -137,9 +147,12 @@ class Product {
  private:
   static constexpr std::int64_t kUnitPanels = panels_together(static_cast<const decltype(Main::panel)*>(nullptr));
 
-  std::int64_t low_steps() const { return steps_of<Cell>(low_.depth); }
+  template <class Factors>
+  static std::int64_t line_of(const Factors& f) {
+    return f.line ? f.line : steps_of<Cell>(f.depth);
+  }
   std::int64_t slab_cells(std::int64_t groups) const {
-    return kUnitPanels * (low_steps() + chunks_.steps) * kTileCols + (chunks_.count > 1 ? kUnitPanels * groups : 1) * kTileSums;
+    return kUnitPanels * (low_steps_ + chunks_.steps) * kTileCols + (chunks_.count > 1 ? kUnitPanels * groups : 1) * kTileSums;
   }
 
   Span span_of(std::int64_t panel, std::int64_t depth, std::int64_t count) const {
@@ -152,12 +165,11 @@ class Product {
   void one_unit(std::int64_t first, std::int64_t last, std::int64_t first_group, std::int64_t last_group,
                 std::uint32_t* slab) const {
     std::uint32_t* const low_panels = slab;
-    std::uint32_t* const panels = low_panels + kUnitPanels * low_steps() * kTileCols;
+    std::uint32_t* const panels = low_panels + kUnitPanels * low_steps_ * kTileCols;
     float* const sums = reinterpret_cast<float*>(panels + kUnitPanels * chunks_.steps * kTileCols);
     const std::int64_t main_steps = steps_of<Cell>(main_.depth);
-    if (low_.depth)
-      for (std::int64_t panel = first; panel < last; panel++)
-        low_.panel(span_of(panel, 0, low_.depth), low_panels + (panel - first) * low_steps() * kTileCols);
+    for (std::int64_t panel = first; panel < last; panel++)
+      make_lows(panel, low_panels + (panel - first) * low_steps_ * kTileCols);
     for (std::int64_t chunk = 0; chunk < chunks_.count; chunk++) {
       const std::int64_t step = chunk * chunks_.steps, steps = std::min(chunks_.steps, main_steps - step);
       const std::int64_t depth = step * Cell::kDepth, count = std::min(steps * Cell::kDepth, main_.depth - depth);
@@ -176,8 +188,8 @@ class Product {
                           span.vectors * kLanes};
           with_vectors(span.vectors, [&](auto vectors) {
             constexpr int V = decltype(vectors)::value;
-            const bool add = chunk > 0 || start<V>(tile, low_panels + at * low_steps() * kTileCols);
-            multiply<V>(main_.left + row * main_steps + step * kTileRows, panels + at * chunks_.steps * kTileCols, steps, add,
+            const bool add = chunk > 0 || start<V>(tile, low_panels + at * low_steps_ * kTileCols);
+            multiply<V>(main_.left + row * line_of(main_) + step * kTileRows, panels + at * chunks_.steps * kTileCols, steps, add,
                         tile.sums);
           });
           if (chunk + 1 == chunks_.count) finish_(tile);
@@ -185,13 +197,30 @@ class Product {
     }
   }
 
+  void make_lows(std::int64_t panel, std::uint32_t* low_panels) const {
+    for (std::size_t i = 0; i < low_count_; i++) {
+      const Span span = span_of(panel, 0, lows_[i].depth);
+      lows_[i].panel(span, low_panels);
+      low_panels += steps_of<Cell>(lows_[i].depth) * span.vectors * kLanes;
+    }
+  }
+
   // The sums of a tile before the first step of the main product; false: there are none, the product begins.
   template <int V>
   bool start(const Tile& tile, const std::uint32_t* low_panel) const {
-    if (low_steps() == 0) return false;
-    multiply<V>(low_.left + tile.row * low_steps(), low_panel, low_steps(), false, tile.sums);
-    between_(tile);
-    return true;
+    constexpr int kSums = kTileRows * V * kLanes;
+    alignas(64) float more[kSums];
+    for (std::size_t i = 0; i < low_count_; i++) {
+      const Low& low = lows_[i];
+      const std::int64_t steps = steps_of<Cell>(low.depth);
+      Tile own = tile;
+      if (i > 0) own.sums = more;
+      multiply<V>(low.left + tile.row * line_of(low), low_panel, steps, false, own.sums);
+      between_(own, i);
+      for (int j = 0; i > 0 && j < kSums; j += kLanes) store(tile.sums + j, load(tile.sums + j) + load(more + j));
+      low_panel += steps * V * kLanes;
+    }
+    return low_count_ > 0;
   }
 
   template <int V>
@@ -204,8 +233,9 @@ class Product {
     }
   }
 
-  std::int64_t m_, cols_;
-  const Low& low_;
+  std::int64_t m_, cols_, low_steps_ = 0;
+  const Low* lows_;
+  std::size_t low_count_;
   const Main& main_;
   const Between& between_;
   const Finish& finish_;
@@ -215,7 +245,12 @@ class Product {
 template <class Cell, class Low, class Main, class Between, class Finish>
 void product(std::int64_t m, std::int64_t cols, const Low& low, const Main& main, const Between& between, const Finish& finish,
              int threads) {
-  Product<Cell, Low, Main, Between, Finish>(m, cols, low, main, between, finish).run(threads);
+  Product<Cell, Low, Main, Between, Finish>(m, cols, &low, low.depth > 0, main, between, finish).run(threads);
+}
+template <class Cell, class Panel, class Main, class Between, class Finish>
+void product(std::int64_t m, std::int64_t cols, const std::vector<Factors<Panel>>& lows, const Main& main, const Between& between,
+             const Finish& finish, int threads) {
+  Product<Cell, Factors<Panel>, Main, Between, Finish>(m, cols, lows.data(), lows.size(), main, between, finish).run(threads);
 }
 
 // out[0 .. count) = T(sums), `count` any.

@@ -53,8 +53,9 @@ void lora_linear(const void* w, std::int64_t w_stride, int w_turned, std::int64_
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
     const BaseDense<T> base{{static_cast<const T*>(w), w_stride}, w_turned != 0, n, k};
     const Activations<T> given{rows, x_stride}, input{static_cast<const T*>(z), z_stride};
-    low_rank_forward(base, given, m, z ? input : given, branch, static_cast<const T*>(bias), static_cast<T*>(y),
-                     static_cast<T*>(s), threads);
+    const std::vector<Output<BaseDense<T>, T>> one{
+        {base, branch, static_cast<const T*>(bias), static_cast<T*>(y), static_cast<T*>(s)}};
+    low_rank_forward(one, given, m, z ? input : given, threads);
   });
 }
 
@@ -66,10 +67,11 @@ void lora_linear_backward(const void* w, std::int64_t w_stride, int w_turned, st
   const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
   with_type(dy, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
-    const Gradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0, da, db};
+    const InputGradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0};
     const BaseDense<T> base{{static_cast<const T*>(w), w_stride}, w_turned != 0, n, k};
     const Activations<T> given{rows, dy_stride}, input{static_cast<const T*>(z), z_stride};
-    low_rank_backward(base, given, m, input, static_cast<const T*>(s), branch, out, threads);
+    const std::vector<Gradient<BaseDense<T>, T>> one{{base, branch, given, static_cast<const T*>(s), da, db}};
+    low_rank_backward(one, m, input, out, threads);
   });
 }
 

@@ -1,8 +1,11 @@
-// nf4_linear: y = x W^T + bias; nf4_linear_dx: dx = dy W; W in 4 bits.
+// nf4_linear: y = x W^T + bias; nf4_linear_dx: dx = sum of dy W over the weights that share x; W in 4 bits.
 #pragma once
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
 #include "cpu/isa.h"
+#include "format/weight4.h"
 
 namespace peftk {
 
@@ -20,11 +23,19 @@ PEFTK_EVERY_TIER(void nf4_linear(const std::uint8_t* packed,  // (ceil(n * k / 2
                                  void* y,           // (m, n)
                                  int threads);)
 
-PEFTK_EVERY_TIER(void nf4_linear_dx(const std::uint8_t* packed, const void* absmax, const float* absmax_scale,
-                                    const float* absmax_offset, std::int64_t n, std::int64_t k, std::int64_t block_size,
-                                    int quant_type,
-                                    const void* dy,  // (m, n), dy_stride elements from row to row
-                                    std::int64_t dy_stride, std::int64_t m,
+// The same for several weights of one k.
+PEFTK_EVERY_TIER(void nf4_linear_many(const std::vector<std::tuple<Weight4,
+                                                                   const void*,  // bias
+                                                                   void*>>&      // y
+                                          outputs,
+                                      std::int64_t k, const void* x, std::int64_t x_stride, std::int64_t m, int dtype,
+                                      int threads);)
+
+PEFTK_EVERY_TIER(void nf4_linear_dx(const std::vector<std::tuple<Weight4,
+                                                                 const void*,     // dy (m, n)
+                                                                 std::int64_t>>&  // elements from row to row of it
+                                        gradients,
+                                    std::int64_t k, std::int64_t m,
                                     int dtype,  // of dy and dx
                                     void* dx,   // (m, k)
                                     int threads);)

@@ -43,36 +43,43 @@ struct Base4 {
 #endif
 };
 
+Branch make_branch(const LowRank& given, std::int64_t k) {
+  const auto& [a, a_dtype, b, b_dtype, r, scale, drop_below, keep_scale, seed] = given;
+  return {{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
+}
+
 }  // namespace
 
-void nf4_lora_linear(const std::uint8_t* packed, const void* absmax, const float* absmax_scale, const float* absmax_offset,
-                     std::int64_t n, std::int64_t k, std::int64_t block_size, int quant_type, const void* x,
-                     std::int64_t x_stride, std::int64_t m, int dtype, const void* z, std::int64_t z_stride, const void* a,
-                     int a_dtype, const void* b, int b_dtype, std::int64_t r, float scale, const void* bias,
-                     std::uint32_t drop_below, float keep_scale, std::uint64_t seed, void* y, void* s, int threads) {
-  const Base4 w(make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type));
-  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
+void nf4_lora_linear(const std::vector<std::tuple<Weight4, LowRank, const void*, void*, void*>>& outputs, std::int64_t k,
+                     const void* x, std::int64_t x_stride, std::int64_t m, int dtype, const void* z, std::int64_t z_stride,
+                     int threads) {
   with_type(x, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
+    std::vector<Output<Base4, T>> all;
+    for (const auto& [weight, branch, bias, y, s] : outputs)
+      all.push_back({Base4(make_matrix4(weight, k)), make_branch(branch, k), static_cast<const T*>(bias), static_cast<T*>(y),
+                     static_cast<T*>(s)});
     const Activations<T> given{rows, x_stride}, input{static_cast<const T*>(z), z_stride};
-    low_rank_forward(w, given, m, z ? input : given, branch, static_cast<const T*>(bias), static_cast<T*>(y), static_cast<T*>(s),
-                     threads);
+    low_rank_forward(all, given, m, z ? input : given, threads);
   });
 }
 
-void nf4_lora_linear_backward(const std::uint8_t* packed, const void* absmax, const float* absmax_scale,
-                              const float* absmax_offset, std::int64_t n, std::int64_t k, std::int64_t block_size, int quant_type,
-                              const void* dy, std::int64_t dy_stride, std::int64_t m, int dtype, const void* z,
-                              std::int64_t z_stride, const void* s, const void* a, int a_dtype, const void* b, int b_dtype,
-                              std::int64_t r, float scale, std::uint32_t drop_below, float keep_scale, std::uint64_t seed,
-                              int z_is_x, void* dx, void* dz, void* da, void* db, int threads) {
-  const Base4 w(make_matrix4(packed, absmax, absmax_scale, absmax_offset, n, k, block_size, quant_type));
-  const Branch branch{{a, a_dtype, k}, {b, b_dtype, r}, r, scale, {drop_below, keep_scale, seed}};
-  with_type(dy, dtype, [&](const auto* rows) {
+void nf4_lora_linear_backward(
+    const std::vector<std::tuple<Weight4, LowRank, const void*, std::int64_t, const void*, void*, void*>>& gradients,
+    std::int64_t k, std::int64_t m, int dtype, const void* z, std::int64_t z_stride, int z_is_x, void* dx, void* dz,
+    int threads) {
+  with_type(z, dtype, [&](const auto* rows) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
-    const Gradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0, da, db};
-    const Activations<T> given{rows, dy_stride}, input{static_cast<const T*>(z), z_stride};
-    low_rank_backward(w, given, m, input, static_cast<const T*>(s), branch, out, threads);
+    std::vector<Gradient<Base4, T>> all;
+    for (const auto& [weight, branch, dy, dy_stride, s, da, db] : gradients)
+      all.push_back({Base4(make_matrix4(weight, k)),
+                     make_branch(branch, k),
+                     {static_cast<const T*>(dy), dy_stride},
+                     static_cast<const T*>(s),
+                     da,
+                     db});
+    const InputGradients<T> out{static_cast<T*>(dx), static_cast<T*>(dz), z_is_x != 0};
+    low_rank_backward(all, m, Activations<T>{rows, z_stride}, out, threads);
   });
 }
 

@@ -53,29 +53,31 @@ def check_constants(
     count: int,
     block_size: int,
     quant_type: str,
+    at: str = "",
 ) -> None:
-    """Hold the parts of a quantised weight of ``count`` elements against each other."""
+    """Hold the parts of a quantised weight of ``count`` elements against each other. ``at``: what stands before their names."""
     code4(quant_type)
     if packed.dtype != torch.uint8:
-        raise TypeError(f"packed: expected uint8, got {packed.dtype}")
+        raise TypeError(f"{at}packed: expected uint8, got {packed.dtype}")
     if packed.numel() != (count + 1) // 2:
-        raise ValueError(f"packed: expected {(count + 1) // 2} bytes for {count} elements, got {packed.numel()}")
+        raise ValueError(f"{at}packed: expected {(count + 1) // 2} bytes for {count} elements, got {packed.numel()}")
     for name, part in (("packed", packed), ("absmax", absmax), ("absmax_scale", absmax_scale)):
         if part is not None and not part.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {part.stride()}")
+            raise ValueError(f"{at}{name}: expected a contiguous tensor, got strides {part.stride()}")
     blocks = -(-count // block_size)
     nested = absmax_scale is not None
     if nested != (absmax_offset is not None):
-        raise ValueError("absmax_offset: expected together with absmax_scale, got one without the other")
+        raise ValueError(f"{at}absmax_offset: expected together with absmax_scale, got one without the other")
     wanted = torch.uint8 if nested else torch.float32
     if absmax.dtype != wanted:
-        raise TypeError(f"absmax: expected {wanted} {'with' if nested else 'without'} absmax_scale, got {absmax.dtype}")
+        raise TypeError(f"{at}absmax: expected {wanted} {'with' if nested else 'without'} absmax_scale, got {absmax.dtype}")
     if absmax.numel() != blocks:
-        raise ValueError(f"absmax: expected {blocks} values for {count} elements in blocks of {block_size}, got {absmax.numel()}")
-    if nested and (absmax_scale.dtype != torch.float32 or absmax_scale.numel() != -(-blocks // NESTED_BLOCK)):
         raise ValueError(
-            f"absmax_scale: expected {-(-blocks // NESTED_BLOCK)} fp32 values, got {absmax_scale.numel()} {absmax_scale.dtype}"
+            f"{at}absmax: expected {blocks} values for {count} elements in blocks of {block_size}, got {absmax.numel()}"
         )
+    if nested and (absmax_scale.dtype != torch.float32 or absmax_scale.numel() != -(-blocks // NESTED_BLOCK)):
+        wanted_scales = f"{-(-blocks // NESTED_BLOCK)} fp32 values"
+        raise ValueError(f"{at}absmax_scale: expected {wanted_scales}, got {absmax_scale.numel()} {absmax_scale.dtype}")
 
 
 def _run(packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type, dtype):

@@ -1,5 +1,7 @@
 """csrc/ops/nf4_linear/cpu.cpp"""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from peftk.format.code4 import code4
@@ -12,6 +14,13 @@ from peftk.ops.nf4_dequantize import check_constants
 
 def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, size, block_size, quant_type, bias=None) -> list[str]:
     return reasons_against_cpu(x, packed, absmax, absmax_scale, absmax_offset, bias) + reasons_against_dtype("x", x.dtype)
+
+
+def reasons_against_many(x, packed, absmax, absmax_scale, absmax_offset, size, block_size, quant_type, bias=()) -> list[str]:
+    first = x if isinstance(x, torch.Tensor) else x[0]
+    return reasons_against_cpu(first, *packed, *absmax, *absmax_scale, *absmax_offset, *bias) + reasons_against_dtype(
+        "x", first.dtype
+    )
 
 
 def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None, kernel: str = "nf4_linear") -> torch.Tensor | None:
@@ -74,15 +83,45 @@ def run(x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_typ
 
 
 def run_dx(dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant_type) -> torch.Tensor:
-    rows, packed, absmax = as_rows(dy), packed.contiguous(), absmax.contiguous()
-    dx = torch.empty(*dy.shape[:-1], k, dtype=dy.dtype)
+    return run_many_dx([dy], [packed], [absmax], [absmax_scale], [absmax_offset], k, [block_size], [quant_type])
+
+
+def weight_arguments(packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type) -> Iterator[tuple[int, ...]]:
+    """Weight4 of csrc/format/weight4.h for each of a list of weights whose codes and constants are contiguous."""
+    for codes, scales, scale, offset, rows, size, kind in zip(
+        packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, strict=True
+    ):
+        yield codes.data_ptr(), scales.data_ptr(), address(scale), address(offset), rows, size, code4(kind).number
+
+
+def contiguous(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def run_many(x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, bias) -> list[torch.Tensor]:
+    rows, packed, absmax, bias = as_rows(x), contiguous(packed), contiguous(absmax), contiguous(bias)
+    ys = [torch.empty(*x.shape[:-1], one, dtype=x.dtype) for one in n]
+    weights = weight_arguments(packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type)
+    native().nf4_linear_many(
+        [(weight, address(b), y.data_ptr()) for weight, b, y in zip(weights, bias, ys, strict=True)], rows.shape[1],
+        rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return ys
+
+
+def run_many_dx(dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant_type) -> torch.Tensor:
+    rows, packed, absmax = [as_rows(one) for one in dy], contiguous(packed), contiguous(absmax)
+    dx = torch.empty(*dy[0].shape[:-1], k, dtype=dy[0].dtype)
+    n = [one.shape[1] for one in rows]
+    weights = weight_arguments(packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type)
     native().nf4_linear_dx(
-        packed.data_ptr(), absmax.data_ptr(), address(absmax_scale), address(absmax_offset), rows.shape[1], k, block_size,
-        code4(quant_type).number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[dy.dtype], dx.data_ptr(),
-        torch.get_num_threads(),
+        [(weight, one.data_ptr(), one.stride(0)) for weight, one in zip(weights, rows, strict=True)], k, rows[0].shape[0],
+        NATIVE_DTYPE[dx.dtype], dx.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dx
 
 
 FORWARD = Implementation("cpu", run, reasons_against)
 DX = Implementation("cpu", run_dx, reasons_against)
+MANY = Implementation("cpu", run_many, reasons_against_many)
+MANY_DX = Implementation("cpu", run_many_dx, reasons_against_many)

@@ -28,5 +28,18 @@ def run_dx(dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant
     return (dy.to(wide) @ w).to(dy.dtype)
 
 
+def run_many(x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, bias) -> list[torch.Tensor]:
+    weights = zip(packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, bias, strict=True)
+    return [run(x, *weight) for weight in weights]
+
+
+def run_many_dx(dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant_type) -> torch.Tensor:
+    wide = torch.promote_types(dy[0].dtype, torch.float32)
+    weights = zip(dy, packed, absmax, absmax_scale, absmax_offset, block_size, quant_type, strict=True)
+    return sum(run_dx(one.to(wide), *parts, k, size, kind) for one, *parts, size, kind in weights).to(dy[0].dtype)
+
+
 FORWARD = Implementation("reference", run, no_reason)
 DX = Implementation("reference", run_dx, no_reason)
+MANY = Implementation("reference", run_many, no_reason)
+MANY_DX = Implementation("reference", run_many_dx, no_reason)

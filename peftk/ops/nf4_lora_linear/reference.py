@@ -57,5 +57,28 @@ def run_backward(
     return low_rank_backward(dy, x, z, s, w, A, B, scale, dropout, seed, need_dz)
 
 
+def run_many(
+    x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, dropout, seed
+) -> list[torch.Tensor]:
+    weights = zip(packed, absmax, absmax_scale, absmax_offset, A, B, bias, scale, block_size, quant_type, seed, strict=True)
+    ys, kept = zip(*(run(x, *w[:7], z, *w[7:10], dropout, w[10]) for w in weights), strict=True)
+    return [*ys, *kept]
+
+
+def run_many_backward(
+    dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, dropout, seed,
+    need_dx, need_dz,
+) -> list[torch.Tensor]:  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inputs = (x.to(wide), z if z is None else z.to(wide))
+    weights = zip(dy, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, seed, strict=True)
+    dxs, dzs, dAs, dBs = zip(
+        *(run_backward(w[0].to(wide), *inputs, *w[1:11], dropout, w[11], need_dx, need_dz) for w in weights), strict=True
+    )
+    return [sum(dxs).to(x.dtype), sum(dzs).to(x.dtype), *dAs, *dBs]
+
+
 FORWARD = Implementation("reference", run, no_reason)
 BACKWARD = Implementation("reference", run_backward, no_reason)
+MANY = Implementation("reference", run_many, no_reason)
+MANY_BACKWARD = Implementation("reference", run_many_backward, no_reason)
