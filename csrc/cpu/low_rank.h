@@ -212,7 +212,7 @@ void low_rank_forward(const std::vector<Output<Base, T>>& outputs, const Activat
                       const Activations<T>& z, int threads) {
   using Cell = CellOf<T>;
   if (m == 0) return;
-  const std::int64_t block = std::min(m, kRowBlock), k = outputs.front().base.k;
+  const std::int64_t k = outputs.front().base.k, block = row_block<Cell>(m, k);
   struct Pass {
     const Output<Base, T>& output;
     KeepBits keep;
@@ -231,8 +231,8 @@ void low_rank_forward(const std::vector<Output<Base, T>>& outputs, const Activat
   const bool own_input = z.data != x.data || z.stride != x.stride || !passes.back().keep.all_stay();
   const Scratch memory = cells_for<Cell>(block, k), wide = floats_for(block * most);
   auto* const left = memory.as<std::uint32_t>();
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
+  for (std::int64_t first = 0; first < m; first += block) {
+    const std::int64_t count = std::min(m - first, block);
     bool plain = false;  // left holds z as it is
     for (const Pass& pass : passes) {
       const Branch& branch = pass.output.branch;
@@ -304,7 +304,10 @@ template <class Base, class T>
 void low_rank_backward(const std::vector<Gradient<Base, T>>& gradients, std::int64_t m, const Activations<T>& z,
                        const InputGradients<T>& out, int threads) {
   using Cell = CellOf<T>;
-  const std::int64_t block = std::min(m, kRowBlock), k = gradients.front().base.k;
+  const std::int64_t k = gradients.front().base.k;
+  std::int64_t depth = 0;
+  for (const auto& g : gradients) depth += g.base.n;
+  const std::int64_t block = row_block<Cell>(m, depth);
   struct Pass {
     const Gradient<Base, T>& gradient;
     KeepBits keep;
@@ -328,8 +331,8 @@ void low_rank_backward(const std::vector<Gradient<Base, T>>& gradients, std::int
   {
     const Scratch memory = cells_for<Cell>(block, weights.depth());
     auto* const left = memory.as<std::uint32_t>();
-    for (std::int64_t first = 0; first < m; first += kRowBlock) {
-      const std::int64_t count = std::min(m - first, kRowBlock);
+    for (std::int64_t first = 0; first < m; first += block) {
+      const std::int64_t count = std::min(m - first, block);
       for (std::size_t i = 0; i < passes.size(); i++) {
         const auto& [base, branch, dy, s, da, db] = gradients[i];
         const std::int64_t r = branch.r;

@@ -26,9 +26,9 @@ constexpr auto panels_together(const Panel*) -> decltype(Panel::kTogether) {
 }
 constexpr std::int64_t panels_together(const void*) { return 1; }
 
-// Rows of the left side packed at once: 4 MB at a depth of 4096 in bf16. The right side is decoded once for each block of rows,
-// 2 % of a block's time.
-inline constexpr std::int64_t kRowBlock = 512;
+// Rows of the left side packed at once, for a right side of this depth: 4 MB of them, or kRowBlock. The right side is decoded
+// once for each block of rows, 2 % of the time of 512.
+inline constexpr std::int64_t kRowBlock = 512, kLeftBytes = 4 << 20;
 
 // Steps summed in registers before they are added to the tile: one long chain of fp32 sums would lose twice the digits at
 // k = 4096 that a library's product loses. 1 % of the time.
@@ -86,6 +86,12 @@ void pack_all(const Rows& rows, std::int64_t first, std::int64_t count, std::int
       pack_left<Cell>(rows, first + row, count - row, depth, out + row * line);
     }
   });
+}
+
+template <class Cell>
+std::int64_t row_block(std::int64_t m, std::int64_t depth) {
+  const std::int64_t fit = kLeftBytes / static_cast<std::int64_t>(sizeof(std::uint32_t)) / steps_of<Cell>(depth + 1);
+  return std::min(m, std::max(kRowBlock, fit / kTileRows * kTileRows));
 }
 
 // The depth cut into equal chunks of `most` steps at most; each starts at a multiple of 64 steps, as read_whole and runs of
@@ -146,7 +152,7 @@ class Product {
     return f.line ? f.line : steps_of<Cell>(f.depth);
   }
   std::int64_t slab_cells(std::int64_t groups) const {
-    return kUnitPanels * ((low_steps_ + chunks_.steps) * kTileCols + groups * kTileSums);
+    return kUnitPanels * (low_steps_ + chunks_.steps) * kTileCols + (chunks_.count > 1 ? kUnitPanels * groups : 1) * kTileSums;
   }
 
   Span span_of(std::int64_t panel, std::int64_t depth, std::int64_t count) const {
@@ -174,7 +180,7 @@ class Product {
           const std::int64_t row = group * kTileRows, at = panel - first;
           const Span span = span_of(panel, depth, count);
           const int rows = static_cast<int>(std::min<std::int64_t>(m_ - row, kTileRows));
-          const Tile tile{sums + ((group - first_group) * kUnitPanels + at) * kTileSums,
+          const Tile tile{sums + (chunks_.count > 1 ? (group - first_group) * kUnitPanels + at : 0) * kTileSums,
                           row,
                           rows,
                           span.col,

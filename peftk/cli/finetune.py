@@ -16,7 +16,7 @@ from peftk.cli import flags, output, resume
 from peftk.cli.data import read_documents
 from peftk.cli.errors import UserError
 from peftk.cli.loss import LanguageModelLoss
-from peftk.cli.memory import peak_bytes, readable
+from peftk.cli.memory import keep_freed_memory, peak_bytes, readable
 from peftk.cli.models import DTYPES, MODEL_HELP, open_model, resolve_device, resolve_dtype
 from peftk.cli.packing import Sequences, split_and_pack
 from peftk.cli.prepare import METHODS, prepare_base
@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
     settings = _settings(arguments, dtype, device)

@@ -1,5 +1,5 @@
 // Panels of W^T (forward: 48 rows of W, turned by square transposes) or of W (backward: 48 of its columns) are decoded into the
-// second-level cache and multiplied with kRowBlock packed rows at a time.
+// second-level cache and multiplied with a block of packed rows at a time.
 #include <deque>
 
 #include "cpu/few_rows.h"
@@ -37,10 +37,11 @@ void forward(const Output<T>* outputs, std::size_t many, const T* x, std::int64_
     few_fits<T>(o.w, m) ? few_forward(o.w, x, stride, m, o.bias, o.y, threads) : void(in_panels++);
   }
   if (in_panels == 0) return;
-  const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(std::min(m, kRowBlock), k)));
+  const std::int64_t block = row_block<Cell>(m, k);
+  const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(block, k)));
   auto* const left = packed.as<std::uint32_t>();
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
+  for (std::int64_t first = 0; first < m; first += block) {
+    const std::int64_t count = std::min(m - first, block);
     pack_all<Cell>(DenseRows<T>{x, stride}, first, count, k, left, threads);
     for (const Output<T>* o = outputs; o < outputs + many; o++) {
       if (few_fits<T>(o->w, m)) continue;
@@ -68,11 +69,11 @@ void backward(const std::vector<Gradient<T>>& gradients, std::int64_t m, std::in
   std::deque<ColumnConstants> constants;
   Stack<Cell, WeightColumns<Cell>> weights;
   for (const auto& g : gradients) weights.add(g.w.rows, weight_columns<Cell>(g.w, constants.emplace_back(g.w, threads)));
-  const std::int64_t block = std::min(m, kRowBlock);
+  const std::int64_t block = row_block<Cell>(m, weights.depth());
   const Scratch packed(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(block, weights.depth())));
   auto* const left = packed.as<std::uint32_t>();
-  for (std::int64_t first = 0; first < m; first += kRowBlock) {
-    const std::int64_t count = std::min(m - first, kRowBlock);
+  for (std::int64_t first = 0; first < m; first += block) {
+    const std::int64_t count = std::min(m - first, block);
     for (std::size_t i = 0; i < gradients.size(); i++) {
       const Gradient<T>& g = gradients[i];
       pack_all<Cell>(DenseRows<T>{g.dy, g.stride}, first, count, g.w.rows, weights.left_of(i, left), threads, weights.steps());

@@ -2,7 +2,11 @@
 nf4_linear_many: the same for several W that share x (q, k, v; gate, up); nf4_linear_many_dx: dx = sum of dy W over them.
 
 Shapes: x (..., k), W (n, k), bias (n,), y (..., n). Sums in fp32, results in x.dtype. W is frozen: gradients go to x and bias.
-W is decoded a panel of rows at a time; no whole copy of it is ever written.
+W is decoded in registers for a few rows of x, else a panel at a time; no whole copy of it is ever written.
+
+On a CPU every shape is right. Where k is no multiple of 16 the elements are decoded one by one: some 8 ms more forward and 11 ms
+more for dx at 4096x4096 on two cores of a Zen 4, whatever m is (20 times as long at m = 1, 1.2 times at m = 512). bf16 x is
+multiplied by bf16 dot products where the machine has them; fp16 x always in fp32, since bf16 would drop three of its bits.
 """
 
 from __future__ import annotations
