@@ -12,7 +12,8 @@ from peftk.ops import nf4_linear
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # m, k and the rows of each weight: odd ones, so that depths end inside a cell; chunks of the depth that span several weights.
 SHAPES = [
-    *((1, 64, (16, 40)), (3, 80, (48,)), (17, 33, (15, 7, 21)), (65, 128, (49, 130)), (0, 64, (8, 5)), (530, 64, (17, 16))),
+    *((1, 64, (16, 40)), (3, 80, (48,)), (17, 33, (15, 7, 21)), (65, 128, (49, 130)), (0, 64, (8, 5))),
+    *((530, 4160, (17, 16)), (530, 64, (2101, 2100))),  # several blocks of rows: of x, and of dy
     *((20, 192, (37, 64, 1)), (60, 64, (1301, 640, 2)), (52, 320, (1, 1, 1, 33))),
 ]
 
