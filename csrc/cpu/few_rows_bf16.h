@@ -86,7 +86,8 @@ F32 few_sums(const std::uint8_t* const* rows, const float* const* scales, std::i
 template <int M, class Out>
 void few_rows_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::int64_t m, int threads, Out out) {
   constexpr int R = kFewSums / M;
-  const std::int64_t cells = (w.k + kGroup - 1) / kGroup * (4 * kLanes), padded = (m + M - 1) / M * M;
+  // Rows of x a whole number of pages apart would meet in the same sets of the first-level cache.
+  const std::int64_t cells = (w.k + kGroup - 1) / kGroup * (4 * kLanes) + 5 * kLanes, padded = (m + M - 1) / M * M;
   const std::int64_t per_row = w.k / 64, slab = R * per_row + 2, units = (w.rows + R - 1) / R;
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(padded * cells + slab * std::max(threads, 1)));
   auto* const factors = memory.as<std::uint32_t>();
