@@ -14,6 +14,12 @@ void run_on_threads(int threads, void (*body)(void* context, int thread, int thr
 // it), else a parked pool of our own. `preferred_folder`: take the runtime of this folder first. Returns a line for peftk.info().
 std::string find_thread_runtime(const std::string& preferred_folder);
 
+// Of `threads`, those that so many multiplications are worth: a team costs 3 us, as much as 2^17 of them on one thread.
+inline int threads_worth(std::int64_t multiplications, int threads) {
+  const std::int64_t worth = multiplications >> 17;
+  return worth < 1 ? 1 : worth < threads ? static_cast<int>(worth) : threads;
+}
+
 // body(begin, end, thread) over [0, units), cut statically.
 template <class Body>
 void parallel_for_threads(std::int64_t units, int threads, Body&& body) {

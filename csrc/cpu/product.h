@@ -125,6 +125,7 @@ class Product {
   void run(int threads) const {
     const std::int64_t panels = (cols_ + kTileCols - 1) / kTileCols, groups = groups_of(m_);
     if (panels == 0 || groups == 0) return;
+    threads = threads_worth(m_ * cols_ * ((low_steps_ + steps_of<Cell>(main_.depth)) * Cell::kDepth), threads);
     // Few columns: the rows are split too, and each part makes the panel for itself.
     std::int64_t parts = threads / panels < 1 ? 1 : threads / panels;
     parts = parts < groups ? parts : groups;

@@ -134,11 +134,11 @@ class NF4Linear(nn.Linear):
         return kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if wants_int8(self, x, self.bias):
-            y = nf4_linear_int8(self._in_compute_dtype(x), self._own_w4(), self.bias)
-        else:
-            y = nf4_linear(self._in_compute_dtype(x), self._own_w4(), self.bias)
-        return y if self.compute_dtype is None else y.to(x.dtype)
+        bias = self.bias
+        product = nf4_linear if self.training or not wants_int8(self, x, bias) else nf4_linear_int8
+        if self.compute_dtype is None:
+            return product(x, self._own_w4(), bias)
+        return product(x.to(self.compute_dtype), self._own_w4(), bias).to(x.dtype)
 
     def forward_low_rank(
         self,

@@ -13,9 +13,10 @@ namespace {
 
 template <class T>
 void few_forward(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t m, const T* bias, T* y, int threads) {
-  few_product(w, x, stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
-    store_sums(y + i * w.rows + row, sums, count, bias ? bias + row : nullptr);
-  });
+  few_product(w, x, stride, m, threads_worth(m * w.rows * w.k, threads),
+              [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+                store_sums(y + i * w.rows + row, sums, count, bias ? bias + row : nullptr);
+              });
 }
 
 template <class T>
