@@ -244,7 +244,8 @@ def markdown(rows: Sequence[dict[str, str]], headlines: Mapping[str, str]) -> st
         cells = (f"`{ours['op']}`", ours["case"], *cells, _cell(ours, "error", "{:.1e}"), goal)
         lines.append(f"| {' | '.join(cells)} | {'<br>'.join(map(_peer, others)) or NONE} |")
     for stamp in dict.fromkeys(_stamp(run[0]) for run in shown):
-        lines += ["", stamp]
+        ops = ", ".join("`" + run[0]["op"] + "`" for run in shown if _stamp(run[0]) == stamp)
+        lines += ["", f"{ops}: {stamp}"]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from bench.measure import Candidate, Case, Goal, Work, relative_error
 GOAL = Goal("HF peft on dense bf16", 1.2)
 ROWS_AND_DROPOUT = ((1, 0.0), (16, 0.0), (128, 0.0), (512, 0.0), (512, 0.05))
 RANK, SCALE, SEED = 16, 2.0, 7
+HEADLINE = "m=512"
 
 
 def cases(size: int) -> Iterator[Case]:

@@ -10,12 +10,6 @@
 
 namespace peftk::PEFTK_TIER {
 
-inline F32 load_few(const float* p, int count) {
-  float few[kLanes] = {};
-  std::memcpy(few, p, sizeof(float) * static_cast<std::size_t>(count));
-  return load(few);
-}
-
 // How many of `count` elements the vector j of a run gets.
 inline int lanes_left(int count, int j) {
   const int left = count - j * kLanes;
