@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from peftk.native import native, why_not_native
+from peftk.ops import gpu
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Info:
     cpu_tiers: list[str]  # instruction sets that this processor runs, slowest first
     cpu_tier: str | None  # the one in use
     threads: str  # where CPU kernels take their threads from
-    cuda: bool  # whether this build contains the CUDA runtime and sees a device
+    cuda: bool  # whether CUDA kernels run: they are in this build, and it sees a device
     why_not_cuda: str
+    triton: bool  # whether Triton kernels run
+    why_not_triton: str
     devices: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -36,7 +39,7 @@ class Info:
         else:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
-        lines.append("triton     does not run: no Triton kernels in this version")
+        lines.append(f"triton     {'runs where CUDA kernels do not' if self.triton else 'does not run: ' + self.why_not_triton}")
         return "\n".join(lines)
 
 
@@ -44,14 +47,7 @@ def info() -> Info:
     """Facts about this installation; loads the native module, changes nothing."""
     module = native()
     devices = module.cuda_devices() if module and hasattr(module, "cuda_devices") else []
-    if module is None:
-        why_not_cuda = why_not_native()
-    elif not hasattr(module, "cuda_devices"):
-        why_not_cuda = "this build found no nvcc"
-    elif not devices:
-        why_not_cuda = module.cuda_status() or "no device"
-    else:
-        why_not_cuda = "no CUDA kernels in this version"
+    why_not_cuda, why_not_triton = gpu.CudaDoor().why_not(), gpu.TritonDoor().why_not()
     return Info(
         versions={"peftk": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
         native=module is not None,
@@ -59,8 +55,10 @@ def info() -> Info:
         cpu_tiers=list(module.available_tiers()) if module else [],
         cpu_tier=module.tier() if module else None,
         threads=module.thread_runtime if module else "torch's own",
-        cuda=False,
+        cuda=not why_not_cuda,
         why_not_cuda=why_not_cuda,
+        triton=not why_not_triton,
+        why_not_triton=why_not_triton,
         devices=devices,
     )
 

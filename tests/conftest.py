@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,16 +15,30 @@ from torch.utils._device import _device_constructors  # noqa: E402
 
 import peftk  # noqa: E402
 from peftk.native import native, why_not_native  # noqa: E402
+from peftk.ops import gpu  # noqa: E402
 
 TIERS = ("scalar", "avx2", "avx512", "avx512_bf16")
-IMPLEMENTATIONS = ("reference", *(f"cpu-{tier}" for tier in TIERS))
+EVERYWHERE = ("reference", *(f"cpu-{tier}" for tier in TIERS))
+# By the file in peftk/ops/<op>/ that an op needs for them: on a GPU, as source on the host, as compiled PTX in the emulator.
+ON_GPU = {"cuda.py": ("cuda", "cuda-host", "cuda-ptx"), "triton_kernel.py": ("triton", "triton-ptx")}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    """A test with ``implementation`` runs once for each that its op (tests/ops/test_<op>.py) has."""
+    if "implementation" in metafunc.fixturenames:
+        room = Path(peftk.__file__).parent / "ops" / Path(metafunc.module.__file__).stem.removeprefix("test_")
+        names = [name for file, names in ON_GPU.items() if (room / file).exists() for name in names]
+        marked = [pytest.param(name, marks=pytest.mark.gpu) if name in ("cuda", "triton") else name for name in names]
+        metafunc.parametrize("implementation", [*EVERYWHERE, *marked], indirect=True)
 
 
 def reason_to_skip(name: str) -> str:
     """Why this implementation can't run here; empty where it can."""
-    tier = name.partition("-")[2]
+    base, _, tier = name.partition("-")
     if name == "reference":
         return ""
+    if base in ("cuda", "triton"):
+        return importlib.import_module("emulation.doors").why_not(name)
     if native() is None:
         return why_not_native()
     if tier not in native().compiled_tiers():
@@ -29,13 +46,20 @@ def reason_to_skip(name: str) -> str:
     return "" if tier in native().available_tiers() else f"this processor does not run {tier}"
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest):
     """The test body runs once for each implementation, which is forced while it runs."""
-    if reason := reason_to_skip(request.param):
+    name = request.param
+    if reason := reason_to_skip(name):
         pytest.skip(reason)
-    with peftk.use(request.param):
-        yield request.param
+    base = name.partition("-")[0]
+    with contextlib.ExitStack() as inside:
+        if base in ("cuda", "triton"):
+            inside.enter_context(gpu.through(base, importlib.import_module("emulation.doors").door(name)))
+            inside.enter_context(peftk.use(base))
+        else:
+            inside.enter_context(peftk.use(name))
+        yield name
 
 
 _device_constructors()  # torch caches its factories at the first torch.device context: not the poisoned ones

@@ -10,6 +10,7 @@ import torch
 
 import peftk
 from peftk.native import native, why_not_native
+from peftk.ops import gpu
 
 module = importlib.import_module("peftk.info")  # `peftk.info` is the function
 
@@ -20,8 +21,9 @@ def other_machine(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
     if functions:
         there = types.SimpleNamespace(available_tiers=lambda: ["scalar", "avx2"], tier=lambda: "avx2", **functions)
         there.thread_runtime = "libgomp.so"
-    monkeypatch.setattr(module, "native", lambda: there)
-    monkeypatch.setattr(module, "why_not_native", lambda: "" if there else "no compiler: c++ was not found")
+    for user in (module, gpu):
+        monkeypatch.setattr(user, "native", lambda: there)
+        monkeypatch.setattr(user, "why_not_native", lambda: "" if there else "no compiler: c++ was not found")
 
 
 def test_this_machine():
@@ -39,6 +41,7 @@ def test_every_absence_has_a_reason():
     info = peftk.info()
     assert info.native or info.why_not_native
     assert info.cuda or info.why_not_cuda
+    assert info.triton or info.why_not_triton
     for line in str(info).splitlines():
         if "does not run" in line:
             assert len(line.partition("does not run: ")[2]) > 5

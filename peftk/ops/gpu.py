@@ -1,0 +1,118 @@
+"""The doors to GPU kernels. ``cuda()`` calls a CUDA function of peftk._C, ``triton()`` launches a ``@triton.jit`` kernel: on the
+current stream of the tensors' device, without synchronising. Tests put other doors in their place with ``through``: compiled PTX
+in an emulator, CUDA sources on the host, so that ``run`` of an implementation is the same code everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from peftk.native import address, native, why_not_native
+from peftk.ops.dispatch import Implementation
+
+LEAST_CAPABILITY = (7, 5)  # Turing: the oldest GPU that the CUDA build and Triton serve
+
+
+class CudaDoor:
+    """peftk._C's CUDA functions, ``cuda_<op>(…, stream)``."""
+
+    def why_not(self) -> str:
+        """Why no CUDA kernel can run in this process; empty where one can."""
+        module = native()
+        if module is None:
+            return why_not_native()
+        if not hasattr(module, "cuda_devices"):
+            return "this build found no nvcc"
+        if not module.cuda_devices():
+            return module.cuda_status() or "no device"
+        return ""
+
+    def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
+        """Why a kernel can't take these tensors."""
+        return [why] if (why := self.why_not()) else reasons_against_device(*tensors)
+
+    def call(self, op: str, *arguments: Any) -> None:
+        """``cuda_<op>`` with tensors as addresses and None as 0, on the current stream of the first tensor's device."""
+        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+        wired = [address(a) if a is None or isinstance(a, torch.Tensor) else a for a in arguments]
+        with torch.cuda.device(device):
+            getattr(native(), f"cuda_{op}")(*wired, torch.cuda.current_stream(device).cuda_stream)
+
+
+class TritonDoor:
+    """Triton's own launcher."""
+
+    def why_not(self) -> str:
+        """Why no Triton kernel can run in this process; empty where one can."""
+        if not has_triton():
+            return "triton is not installed"
+        if not torch.cuda.is_available():
+            return f"torch {torch.__version__} sees no GPU"
+        return ""
+
+    def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
+        """Why a kernel can't take these tensors."""
+        return [why] if (why := self.why_not()) else reasons_against_device(*tensors)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """``kernel[grid](*arguments, **options)`` on the first tensor's device; options are constexprs, num_warps, num_stages."""
+        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+
+
+_doors: dict[str, Any] = {"cuda": CudaDoor(), "triton": TritonDoor()}
+
+
+def cuda() -> CudaDoor:
+    """The door in use."""
+    return _doors["cuda"]
+
+
+def triton() -> TritonDoor:
+    """The door in use."""
+    return _doors["triton"]
+
+
+@contextlib.contextmanager
+def through(name: str, door: Any) -> Iterator[None]:
+    """Inside the ``with``, "cuda" or "triton" kernels are reached through another door."""
+    before = _doors[name]
+    _doors[name] = door
+    try:
+        yield
+    finally:
+        _doors[name] = before
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def reasons_against_device(*tensors: torch.Tensor | None) -> list[str]:
+    """Why GPU kernels can't take these tensors: one lies elsewhere, or its GPU is too old."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda":
+            return [f"a tensor is on {tensor.device}"]
+        if (capability := torch.cuda.get_device_capability(tensor.device)) < LEAST_CAPABILITY:
+            return [f"{tensor.device} has compute capability {capability[0]}.{capability[1]}, the kernels need 7.5"]
+    return []
+
+
+def triton_implementation(op: str, reasons_against: Callable[..., list[str]]) -> Implementation:
+    """peftk/ops/<op>/triton_kernel.py as an implementation; Triton is imported at the first run."""
+
+    def run(*arguments: Any) -> Any:
+        return importlib.import_module(f"peftk.ops.{op}.triton_kernel").run(*arguments)
+
+    return Implementation("triton", run, reasons_against)
