@@ -29,6 +29,8 @@ PAUSE = 0.003  # s; spinning OpenMP threads give up after about 1 ms
 BUDGET = 30.0  # s a case; slow peers get fewer rounds, never fewer than LEAST_ROUNDS
 LEAST_ROUNDS = 5
 LONG, FEWEST_ROUNDS = 100.0, 3  # s, and the rounds of a case that takes longer than that
+ONCE = 10.0  # s; a call that takes longer is timed once
+TOO_LONG = 40.0  # s; after a call that took longer, a candidate sits out the next case
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,16 @@ def measure_case(case: Case, limits: Limits, rounds: int, budget: float = BUDGET
     return rows_of(case, limits, seconds, errors)
 
 
+def without_slow(case: Case, before: Sequence[Row]) -> Case:
+    """The case without candidates that took TOO_LONG in the one ``before``; their rows say so."""
+    slow = {row.who: row.p50 for row in before if row.p50 and row.p50 > TOO_LONG}
+    candidates = [
+        replace(c, run=None, note=f"left out: took {slow[c.who]:.0f} s in the case before") if c.who in slow else c
+        for c in case.candidates
+    ]
+    return replace(case, candidates=candidates)
+
+
 def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: dict[str, float | None]) -> list[Row]:
     """The case's rows from the seconds measured, by candidate; ours carries the verdicts."""
     ours = case.candidates[0].who
@@ -158,7 +170,8 @@ def interleave(
     prepare: Callable[[int], Any] = lambda i: None,
 ) -> list[list[float]]:
     """Seconds of a call, one list a run: A B C A B C … for ``rounds`` rounds after a warm-up, or fewer once ``budget`` seconds
-    are spent, though not fewer than ``least`` unless they take LONG. ``prepare`` gets a run's number before each time."""
+    are spent, though not fewer than ``least`` unless they take LONG; a run that takes longer than ONCE is timed once.
+    ``prepare`` gets a run's number before each time."""
     for i, run in enumerate(runs if warm_up else ()):
         prepare(i)
         run()
@@ -172,6 +185,8 @@ def interleave(
             if (done >= least and spent > budget) or (done >= FEWEST_ROUNDS and spent > LONG):
                 break
             for i, run in enumerate(runs):
+                if times[i] and times[i][0] > ONCE:
+                    continue
                 prepare(i)
                 time.sleep(pause)
                 times[i].append(_seconds(run, calls))

@@ -1,7 +1,7 @@
 """y = x W^T, forward, W in NF4. Truth: fp64 with W as it is stored; so a dense bf16 W has its rounding counted.
 
 bf16: few rows with the weight in L3 (all weights but the dense one fit 32 MB), one row with every weight from memory (a model's
-layers in turn), then the row counts of training. fp32 and fp16 x on the same weight.
+layers in turn), then the row counts of training. fp32 and fp16 x on the same weight. Last, widths that take the general path.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,8 @@ LAYERS = 24  # in turn: 210 MB of 4-bit weights
 ROWS = {32: 1.2, 64: 1.2, 128: 1.3, 512: 1.4, 2048: 1.2}  # rows: times as fast as the better of bitsandbytes' paths
 NEAR_PEAK = (512, 2048)
 OTHER_ROWS = {torch.float32: (1, 16, 128, 512), torch.float16: (1, 16, 512)}
-HEADLINE = "m=512, bf16"
+GENERAL = {(4096, 4104): (1, 16, 128), (4096, 4097): (1, 16, 128)}  # n, k and rows: blocks straddle rows; k is odd as well
+HEADLINE = "m=512, bf16, 4096x4096"
 
 
 def cases(size: int) -> Iterator[Case]:
@@ -35,6 +36,10 @@ def cases(size: int) -> Iterator[Case]:
         for m in rows:
             dense = (Goal("torch dense", 1.8),) if (dtype, m) == (torch.float32, 512) else ()
             yield case([other], m, (Goal("bitsandbytes", 1), *dense), calls=CALLS.get(m, 1))
+    for (n, k), rows in GENERAL.items():
+        ragged = Layer.random(n * size // 4096, k * size // 4096, torch.bfloat16)
+        for m in rows:
+            yield case([ragged], m, (Goal("bitsandbytes", 1),), packed=False)
 
 
 def from_memory(size: int) -> Case:
@@ -43,8 +48,9 @@ def from_memory(size: int) -> Case:
     return case(layers, 1, (Goal(PACKED, 1.15), ShareGoal(0.9, "read bandwidth")))
 
 
-def case(layers: list[Layer], m: int, goals: tuple[Goal | ShareGoal, ...], calls: int = 1) -> Case:
-    """``layers`` in turn, one time each, for a figure of one; or one layer, ``calls`` times on end."""
+def case(layers: list[Layer], m: int, goals: tuple[Goal | ShareGoal, ...], calls: int = 1, packed: bool = True) -> Case:
+    """``layers`` in turn, one time each, for a figure of one; or one layer, ``calls`` times on end. ``packed``: with the peers
+    that pack a weight anew, which general widths do not allow."""
     (n, k), dtype = layers[0].w4.shape, layers[0].dense.weight.dtype
     x = torch.randn(m, k).to(dtype)
     name = f"m={m}, {NAMES[dtype]}, {n}x{k}, forward"
@@ -53,5 +59,5 @@ def case(layers: list[Layer], m: int, goals: tuple[Goal | ShareGoal, ...], calls
     elif calls > 1:
         name += f", in L3 ({calls} calls on end)"
     work = forward_work(x, n, layers[0].w4.nbytes)
-    candidates = forward_candidates(layers, x, int4=dtype == torch.bfloat16)
+    candidates = forward_candidates(layers, x, int4=packed and dtype == torch.bfloat16, packed=packed)
     return Case(name, work, candidates, goals, calls, parts=len(layers))

@@ -41,6 +41,21 @@ def test_long_rounds_are_fewer_still(monkeypatch: pytest.MonkeyPatch):
     assert len(measure.interleave([lambda: None], rounds=50, pause=0)[0]) == measure.FEWEST_ROUNDS
 
 
+def test_a_call_that_takes_too_long_is_timed_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "ONCE", 0.01)
+    times = measure.interleave([lambda: None, lambda: time.sleep(0.02)], rounds=4, pause=0)
+    assert [len(t) for t in times] == [4, 1]
+
+
+def test_a_candidate_that_took_too_long_sits_out_the_next_case():
+    before = [measure.Row("a", "peftk", 1.0), measure.Row("a", "peer", measure.TOO_LONG + 1), measure.Row("a", "absent")]
+    whole = case(Candidate("peftk", lambda: None), Candidate("peer", lambda: None), Candidate("absent", lambda: None))
+    left = measure.without_slow(whole, before)
+    assert [c.run is None for c in left.candidates] == [False, True, False]
+    assert left.candidates[1].note == "left out: took 41 s in the case before"
+    assert list(measure.without_slow(whole, []).candidates) == list(whole.candidates)
+
+
 def test_a_case_warms_up_once():
     calls = []
     candidates = [Candidate(who, lambda who=who: calls.append(who)) for who in ("peftk", "peer")]
