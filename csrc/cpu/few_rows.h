@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/few_rows_avx2.h"
 #include "cpu/matrix4.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -83,9 +84,11 @@ template <class T>
 bool few_fits(const Matrix4& w, std::int64_t m) {
 #ifdef PEFTK_TIER_IS_AVX512_BF16
   if (std::is_same_v<T, Bf16> && few_bf16_fits(w, m)) return true;
-#else
-  (void)w;
 #endif
+#ifdef PEFTK_TIER_IS_AVX2
+  if (side_by_side_fits(w, m)) return true;
+#endif
+  (void)w;
   return m <= kFewRows;
 }
 
@@ -95,6 +98,9 @@ void few_product(const Matrix4& w, const T* x, std::int64_t stride, std::int64_t
 #ifdef PEFTK_TIER_IS_AVX512_BF16
   if constexpr (std::is_same_v<T, Bf16>)
     if (few_bf16_fits(w, m)) return few_product_bf16(w, x, stride, m, threads, out);
+#endif
+#ifdef PEFTK_TIER_IS_AVX2
+  if (side_by_side_fits(w, m)) return side_by_side(w, x, stride, m, threads, out);
 #endif
   const std::int64_t wide_stride = (w.k + kLanes - 1) / kLanes * kLanes;
   const Scratch memory(sizeof(float) * static_cast<std::size_t>(m * wide_stride));
