@@ -15,7 +15,7 @@ import torch
 
 from bench import isa, report
 from bench.limits import Limits, measure_limits
-from bench.measure import Row, measure_case, without_slow
+from bench.measure import Patience, Row, measure_case
 
 SIZE = 4096  # n and k of the recorded cases
 ROOMS = ("ops", "layers", "models")
@@ -66,10 +66,11 @@ def rows_of(module: ModuleType, size: int, repeat: int, limits: Limits) -> Itera
     if hasattr(module, "rows"):
         yield from module.rows(size, repeat, limits)
         return
-    done: list[Row] = []
+    patience = Patience()
     for case in module.cases(size):
-        case = isa.goals_when_forced(case) if isa.forced() else case
-        done = measure_case(without_slow(case, done), limits, repeat)
+        case = patience.without_slow(isa.goals_when_forced(case) if isa.forced() else case)
+        done = measure_case(case, limits, repeat)
+        patience.remember(case, done)
         yield done
 
 

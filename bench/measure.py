@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,7 @@ BUDGET = 30.0  # s a case; slow peers get fewer rounds, never fewer than LEAST_R
 LEAST_ROUNDS = 5
 LONG, FEWEST_ROUNDS = 100.0, 3  # s, and the rounds of a case that takes longer than that
 ONCE = 10.0  # s; a call that takes longer is timed once
-TOO_LONG = 40.0  # s; after a call that took longer, a candidate sits out the next case
+TOO_LONG = 40.0  # s; a candidate whose call is expected to take longer sits out the case
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,25 @@ def measure_case(case: Case, limits: Limits, rounds: int, budget: float = BUDGET
     return rows_of(case, limits, seconds, errors)
 
 
-def without_slow(case: Case, before: Sequence[Row]) -> Case:
-    """The case without candidates that took TOO_LONG in the one ``before``; their rows say so."""
-    slow = {row.who: row.p50 for row in before if row.p50 and row.p50 > TOO_LONG}
-    candidates = [
-        replace(c, run=None, note=f"left out: took {slow[c.who]:.0f} s in the case before") if c.who in slow else c
-        for c in case.candidates
-    ]
-    return replace(case, candidates=candidates)
+@dataclass
+class Patience:
+    """What candidates took last, so that a peer which is hundreds of times slower sits out the large cases."""
+
+    last: dict[str, tuple[float, int]] = field(default_factory=dict)  # by candidate: s, flop
+
+    def without_slow(self, case: Case) -> Case:
+        """The case without candidates that would take TOO_LONG; their rows say so."""
+        candidates = [replace(c, run=None, note=note) if (note := self._note(c, case)) else c for c in case.candidates]
+        return replace(case, candidates=candidates)
+
+    def _note(self, candidate: Candidate, case: Case) -> str:
+        seconds, flop = self.last.get(candidate.who, (0.0, 0))
+        expected = seconds * case.work.flop / flop if flop else 0.0
+        return f"left out: would take {expected:.0f} s" if expected > TOO_LONG else ""
+
+    def remember(self, case: Case, rows: Sequence[Row]) -> None:
+        """The rows of a case that was measured."""
+        self.last |= {row.who: (row.p50, case.work.flop) for row in rows if row.p50}
 
 
 def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: dict[str, float | None]) -> list[Row]:

@@ -47,13 +47,19 @@ def test_a_call_that_takes_too_long_is_timed_once(monkeypatch: pytest.MonkeyPatc
     assert [len(t) for t in times] == [4, 1]
 
 
-def test_a_candidate_that_took_too_long_sits_out_the_next_case():
-    before = [measure.Row("a", "peftk", 1.0), measure.Row("a", "peer", measure.TOO_LONG + 1), measure.Row("a", "absent")]
-    whole = case(Candidate("peftk", lambda: None), Candidate("peer", lambda: None), Candidate("absent", lambda: None))
-    left = measure.without_slow(whole, before)
-    assert [c.run is None for c in left.candidates] == [False, True, False]
-    assert left.candidates[1].note == "left out: took 41 s in the case before"
-    assert list(measure.without_slow(whole, []).candidates) == list(whole.candidates)
+def test_a_candidate_that_would_take_too_long_sits_out():
+    def sized(flop: int) -> Case:
+        everyone = [Candidate("peftk", lambda: None), Candidate("peer", lambda: None)]
+        return Case(f"{flop} flop", Work(8, 8, flop), everyone)
+
+    patience, seconds = measure.Patience(), measure.TOO_LONG / 2
+    patience.remember(sized(100), [measure.Row("a", "peftk", 0.1), measure.Row("a", "peer", seconds)])
+    assert [c.run is None for c in patience.without_slow(sized(199)).candidates] == [False, False]
+    left = patience.without_slow(sized(400))
+    assert [c.run is None for c in left.candidates] == [False, True]
+    assert left.candidates[1].note == f"left out: would take {4 * seconds:.0f} s"
+    patience.remember(left, [measure.Row("b", "peftk", 0.4), measure.Row("b", "peer", note="left out")])
+    assert patience.without_slow(sized(100)).candidates[1].run is not None
 
 
 def test_a_case_warms_up_once():
