@@ -31,20 +31,19 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel as Triton specialises it: ``dequantize<u8, fp32, i32/16, 1024>``, /16: known to be divisible."""
-        named = [_specialised(value) for value in self.arguments]
-        return f"{self.kernel.__name__}<{', '.join(named + [str(value) for value in self.options.values()])}>"
+        """The kernel as Triton specialises it, by parameter: ``dequantize<u8, fp32, i32/16, 1024>``. Constants by value; /16 is
+        an integer known to be divisible, /1 a pointer that isn't on 16 bytes."""
+        signature, constants, attributes, _ = triton_aot.specialisation(self.kernel, 80, self.arguments, self.options)
+        parts = []
+        for position, kind in enumerate(signature.values()):
+            aligned, pointer = (position,) in attributes, kind.startswith("*")
+            suffix = "" if aligned == pointer else "/1" if pointer else "/16"
+            parts.append(str(constants[(position,)]) if kind == "constexpr" else kind.removeprefix("*") + suffix)
+        return f"{self.kernel.__name__}<{', '.join(parts)}>"
 
     def compiled(self, target: int | str) -> Any:
         """As triton_aot.compiled."""
         return triton_aot.compiled(self.kernel, target, self.arguments, self.options)
-
-
-def _specialised(value: Any) -> str:
-    if value is None or (isinstance(value, int) and value == 1):
-        return str(value)
-    kind = triton_aot.argument_type(value).removeprefix("*")
-    return f"{kind}/16" if isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0 else kind
 
 
 class Recorder(gpu.TritonDoor):

@@ -45,7 +45,7 @@ def main(ops: Sequence[str], record: bool) -> None:
     print(aligned(predict.table(rows)), end="\n\n")
     print(FOOTNOTE)
     if record:
-        write(rows)
+        write(rows, RESULTS)
     if missed := [row for row in rows if row.misses and row.backend != peers.PACKAGE]:
         raise SystemExit("\n".join(f"gate missed: {row.kernel} for {row.target}: {row.met}" for row in missed))
 
@@ -94,7 +94,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def write(rows: Iterable[Row], path: Path = RESULTS) -> None:
+def write(rows: Iterable[Row], path: Path) -> None:
     """The whole file anew."""
     where = report.Provenance.here()
     provenance = (where.date, where.commit, nvcc.release(), version("triton"), where.versions[peers.PACKAGE])

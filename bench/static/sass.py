@@ -14,6 +14,9 @@ GLOBAL = {"LDG", "STG", "LDGSTS", "LD", "ST"}  # LD and ST are generic: nvcc emi
 SPILL = {"LDL", "STL"}
 MMA = re.compile(r"(?:UTC)?[HIDQOBF]G?MMA$")  # HMMA IMMA …, Hopper's HGMMA …, tcgen05's UTCHMMA …; not HFMA2.MMA
 
+RESERVING, RESERVED = 90, 1024  # from sm_90 on, cuobjdump's SHARED holds the bytes that the system takes of each block
+
+_TARGET = re.compile(r"\.target\s+sm_(\d+)")
 _SECTION = re.compile(r"\s*\.section\s+(\S+?),")
 _LABEL = re.compile(r"(\S+):\s*$")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_]*(?:\.[\w?]+)*)\s*(.*?)\s*;")
@@ -93,7 +96,11 @@ def kernels(cubin: Path, wanted: Callable[[str], object] = lambda name: True) ->
 
 
 def _read_code(text: str, by_symbol: dict[str, Kernel]) -> None:
-    """Instructions and labels from .text.<symbol>, launch bounds from .nv.info.<symbol>."""
+    """Instructions and labels from .text.<symbol>, launch bounds from .nv.info.<symbol>; ``shared`` without what isn't the
+    kernel's own."""
+    if int(_TARGET.search(text)[1]) >= RESERVING:
+        for kernel in by_symbol.values():
+            kernel.shared = max(0, kernel.shared - RESERVED)
     kernel, in_code, bounds = None, False, 0
     for line in text.splitlines():
         if section := _SECTION.match(line):
