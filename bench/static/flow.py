@@ -1,15 +1,15 @@
 """Control flow of a kernel's SASS, and the part of it that is counted: its main path, or the body of its hot loop.
 
 The main path is the one that a thread takes through a full tile: among all ways from the entry to an EXIT (of a loop: from its
-head back to it) the one with the most MMAs, then the most bytes by 128-bit accesses (by any, where there are none), then the
-fewest instructions. Ragged edges, which take other ways, are not counted.
+head back to it) the one with the most MMAs, then the most bytes by 128-bit accesses (by any, where there are none), by others
+outside of loops, then the fewest instructions. Ragged edges, which take other ways, are not counted.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ class Weight(NamedTuple):
     """By what a way is chosen; adds up along it."""
 
     mma: int
-    bytes: int
+    wide: int  # bytes by 128-bit accesses; by any, in a kernel that has none
+    other: int  # bytes by narrower ones outside inner loops, where ragged edges are done
     saved: int  # instructions, negative
 
 
@@ -61,13 +62,16 @@ def counted(kernel: Kernel, region: str) -> Counted:
     blocks = basic_blocks(kernel)
     dominators = _dominators(blocks)
     loops = natural_loops(blocks, dominators)
+    working = {head for head, body in loops.items() if _works(blocks, body)}
+    ways = {head: _best_way(blocks, loops[head], head, dominators, loops, back_to=head) for head in working}
     if region == "loop":
-        head, body = _hot_loop(blocks, loops, kernel.name)
-        way = _best_way({start: blocks[start] for start in body}, head, dominators, loops, back_to=head)
+        if not ways:
+            raise ValueError(f"{kernel.name}: the table counts a loop, and there is none")
+        way = ways[max(ways, key=lambda head: _heat(blocks, ways[head]))]
+        entered = sum(start in working for start in way[1:])
     else:
-        head = None
-        way = _best_way(blocks, 0, dominators, loops, back_to=None)
-    entered = sum(start in loops and start != head for start in way)
+        way = _best_way(blocks, set(blocks), 0, dominators, loops, back_to=None)
+        entered = sum(start in working for start in way)
     every = tuple(i for start in way for i in blocks[start].instructions if i.base != "NOP")
     return Counted(len(every), Counter(i.base for i in every), every, entered)
 
@@ -175,34 +179,44 @@ def natural_loops(blocks: dict[int, Block], dominators: dict[int, set[int]]) -> 
     return loops
 
 
-def _hot_loop(blocks: dict[int, Block], loops: dict[int, set[int]], name: str) -> tuple[int, set[int]]:
-    """Of the loops that work and hold no other such loop, the one with the most MMAs, bytes, instructions. A loop that waits for
-    a barrier does no work."""
+def _works(blocks: dict[int, Block], body: Iterable[int]) -> bool:
+    """Whether a loop multiplies, or reads global or shared memory. One that waits for a barrier doesn't."""
+    return any(i.global_bytes or i.is_mma or i.base == "LDS" for start in body for i in blocks[start].instructions)
 
-    def works(body: Iterable[int]) -> bool:
-        return any(i.global_bytes or i.is_mma or i.base == "LDS" for start in body for i in blocks[start].instructions)
 
-    working = {head: body for head, body in loops.items() if works(body)}
-    innermost = {h: b for h, b in working.items() if not any(other != h and other in b for other in working)}
-    if not innermost:
-        raise ValueError(f"{name}: the table counts a loop, and there is none")
-
-    def weight(head: int) -> tuple[int, int, int]:
-        every = [i for start in innermost[head] for i in blocks[start].instructions]
-        return sum(i.is_mma for i in every), sum(i.global_bytes for i in every), len(every)
-
-    head = max(innermost, key=weight)
-    return head, innermost[head]
+def _heat(blocks: dict[int, Block], way: list[int]) -> Weight:
+    """By what the hot loop is chosen: MMAs, else bytes, as on the main path; of a nest that share them, the innermost."""
+    weights = [_weight(blocks[start].instructions, _least_bytes(blocks), in_loop=True) for start in way]
+    total = Weight(*map(sum, zip(*weights, strict=True)))
+    return total._replace(wide=0) if total.mma else total
 
 
 # ---- the main path ----------------------------------------------------------------------------------------------------------
 
 
+def _weight(instructions: Sequence[Instruction], least: int, in_loop: bool) -> Weight:
+    total = sum(i.global_bytes for i in instructions)
+    wide = sum(i.global_bytes for i in instructions if i.global_bytes >= least)
+    mma = sum(i.is_mma for i in instructions)
+    return Weight(mma, wide, 0 if in_loop else total - wide, -sum(i.base != "NOP" for i in instructions))
+
+
+def _least_bytes(blocks: dict[int, Block]) -> int:
+    """Of an access that decides: 128 bits, where the kernel has any of those."""
+    return WIDE if any(i.global_bytes >= WIDE for block in blocks.values() for i in block.instructions) else 1
+
+
 def _best_way(
-    blocks: dict[int, Block], entry: int, dominators: dict[int, set[int]], loops: dict[int, set[int]], back_to: int | None
+    blocks: dict[int, Block],
+    inside: set[int],
+    entry: int,
+    dominators: dict[int, set[int]],
+    loops: dict[int, set[int]],
+    back_to: int | None,
 ) -> list[int]:
-    """Starts of the blocks of the best way from the entry to an end: an EXIT, or an edge back to ``back_to``."""
-    least = WIDE if any(i.global_bytes >= WIDE for b in blocks.values() for i in b.instructions) else 1
+    """Starts of the blocks of the best way inside these, from the entry to an end: an EXIT, or an edge back to ``back_to``."""
+    least = _least_bytes(blocks)
+    nested = set().union(*(body for head, body in loops.items() if body < inside and head != back_to and _works(blocks, body)))
 
     def onward(start: int) -> set[int]:
         """Where a block leads to; from the end of a loop's body, to where the loop's head leaves it."""
@@ -214,18 +228,13 @@ def _best_way(
                 found.add(successor)
         return found
 
-    following = {start: onward(start) for start in blocks}
+    following = {start: onward(start) for start in inside}
     best: dict[int, tuple[Weight, list[int]]] = {}
     for start in _postorder(following, entry, back_to):
-        inside = blocks[start].instructions
-        own = Weight(
-            sum(i.is_mma for i in inside),
-            sum(i.global_bytes for i in inside if i.global_bytes >= least),
-            -sum(i.base != "NOP" for i in inside),
-        )
+        own = _weight(blocks[start].instructions, least, start in nested)
         ways = [best[s] for s in following[start] if s in best and s != back_to]
-        if back_to in following[start] if back_to is not None else inside[-1].base in ("EXIT", "RET"):
-            ways.append((Weight(0, 0, 0), []))
+        if back_to in following[start] if back_to is not None else blocks[start].instructions[-1].base in ("EXIT", "RET"):
+            ways.append((Weight(0, 0, 0, 0), []))
         if ways:
             weight, way = max(ways, key=lambda one: one[0])
             best[start] = Weight(*map(sum, zip(own, weight, strict=True))), [start, *way]

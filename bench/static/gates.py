@@ -5,8 +5,8 @@ op            peftk's op
 backend       cuda, triton, bitsandbytes
 kernel        glob on the name: C++'s with template arguments, Triton's as launches.py makes it
 target        sm_80 …, gfx942 … (compiled, held to no spills), or *
-region        what is counted (flow.py): path = main path, on which no loop may lie; once = main path whose loops go round once,
-              as they are launched; loop = a round of the hot loop
+region        what is counted (flow.py): path = main path; loop = a round of the hot loop; once = main path whose loops go
+              round once, as they are launched, where the other two may hold no loop
 elements      weights or values that a thread does in the region
 bytes         an element's, to and from memory where every byte crosses once
 flop          an element's, on tensor cores
@@ -194,8 +194,10 @@ def _against_resources(kernel: Kernel, shared: int, blocks: int | None, gate: Ga
 
 def _against_region(kernel: Kernel, counted: flow.Counted, gate: Gate) -> list[str]:
     misses = []
-    if gate.region == "path" and counted.loops:
-        misses.append(f"{counted.loops} loops on the main path: count one of them (loop), or say that they go round once")
+    if gate.region != "once" and counted.loops:
+        misses.append(
+            f"{counted.loops} loops inside the counted {gate.region}: count one of them, or say that they go round once"
+        )
     if gate.instructions is not None:
         if not gate.elements:
             raise ValueError("the gate limits instructions and tells no elements")

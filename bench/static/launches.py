@@ -13,6 +13,7 @@ import torch
 
 import peftk
 from bench.static import triton_aot
+from peftk.format.code4 import BLOCK_SIZES
 from peftk.format.dynamic8 import NESTED_BLOCK
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
 
@@ -93,29 +94,47 @@ def _quantize4() -> Iterator[Call]:
     for count in COUNTS:
         for dtype in DTYPES:
             yield partial(nf4_quantize, torch.zeros(count, dtype=dtype))
+    for block_size in BLOCK_SIZES:
+        yield partial(nf4_quantize, torch.zeros(COUNTS[0], dtype=torch.bfloat16), block_size)
+    yield partial(nf4_quantize, torch.zeros(COUNTS[0], dtype=torch.bfloat16), quant_type="fp4")
 
 
 def _dequantize4() -> Iterator[Call]:
-    for count in COUNTS:
-        blocks = -(-count // 64)
-        packed, absmax, codes = torch.zeros(-(-count // 2), dtype=torch.uint8), torch.zeros(blocks), torch.zeros(blocks).byte()
-        scale, offset = torch.zeros(-(-blocks // NESTED_BLOCK)), torch.zeros(())
-        for dtype in DTYPES:
-            for constants in ((codes, scale, offset), (absmax, None, None)):
-                yield partial(nf4_dequantize, packed, *constants, (count,), dtype=dtype)
+    for dtype in DTYPES:
+        for count in COUNTS:
+            yield from _dequantize4_with(count, 64, dtype)
+    for block_size in BLOCK_SIZES:
+        yield from _dequantize4_with(COUNTS[0], block_size, torch.bfloat16)
+
+
+def _dequantize4_with(count: int, block_size: int, dtype: torch.dtype) -> Iterator[Call]:
+    """Double quantised and not."""
+    blocks = -(-count // block_size)
+    nested = (torch.zeros(blocks, dtype=torch.uint8), torch.zeros(-(-blocks // NESTED_BLOCK)), torch.zeros(()))
+    for constants in (nested, (torch.zeros(blocks), None, None)):
+        packed = torch.zeros(-(-count // 2), dtype=torch.uint8)
+        yield partial(nf4_dequantize, packed, *constants, (count,), block_size, dtype=dtype)
 
 
 def _quantize8() -> Iterator[Call]:
     for count in COUNTS:
         for dtype in DTYPES:
             yield partial(blockwise8_quantize, torch.zeros(count, dtype=dtype))
+    for block_size in BLOCK_SIZES:
+        yield partial(blockwise8_quantize, torch.zeros(COUNTS[0]), block_size)
 
 
 def _dequantize8() -> Iterator[Call]:
-    for count in COUNTS:
-        codes, absmax = torch.zeros(count, dtype=torch.uint8), torch.zeros(-(-count // 256))
-        for dtype in DTYPES:
-            yield partial(blockwise8_dequantize, codes, absmax, dtype=dtype)
+    for dtype in DTYPES:
+        for count in COUNTS:
+            yield _dequantize8_with(count, 256, dtype)
+    for block_size in BLOCK_SIZES:
+        yield _dequantize8_with(COUNTS[0], block_size, torch.float32)
+
+
+def _dequantize8_with(count: int, block_size: int, dtype: torch.dtype) -> Call:
+    codes, absmax = torch.zeros(count, dtype=torch.uint8), torch.zeros(-(-count // block_size))
+    return partial(blockwise8_dequantize, codes, absmax, block_size, dtype)
 
 
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {

@@ -16,7 +16,7 @@ MMA = re.compile(r"(?:UTC)?[HIDQOBF]G?MMA$")  # HMMA IMMA â€¦, Hopper's HGMMA â€
 
 RESERVING, RESERVED = 90, 1024  # from sm_90 on, cuobjdump's SHARED holds the bytes that the system takes of each block
 
-_TARGET = re.compile(r"\.target\s+sm_(\d+)")
+_TARGET = re.compile(r"(?:EF_CUDA_SM|\.target\s+sm_)(\d+)")
 _SECTION = re.compile(r"\s*\.section\s+(\S+?),")
 _LABEL = re.compile(r"(\S+):\s*$")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_]*(?:\.[\w?]+)*)\s*(.*?)\s*;")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+_SCOPE = re.compile(r"(?:\b(?!std::)\w+::|\(anonymous namespace\)::)+")
 READERS = ("cuobjdump", "nvdisasm", "c++filt")
 
 
@@ -43,6 +45,6 @@ def output(name: str, *arguments: str | Path, cwd: Path | None = None, typed: st
 
 
 def demangled(names: Sequence[str]) -> dict[str, str]:
-    """Mangled name -> C++ name without its parameters: ``copy<float, 4>``."""
+    """Mangled name -> C++ name without its parameters, and without namespaces but the standard's: ``copy<float, 4>``."""
     plain = output("c++filt", "--no-params", typed="\n".join(names)).splitlines()
-    return {name: short.removeprefix("void ").strip() for name, short in zip(names, plain, strict=True)}
+    return {name: _SCOPE.sub("", short).removeprefix("void ").strip() for name, short in zip(names, plain, strict=True)}

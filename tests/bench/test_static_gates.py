@@ -42,7 +42,7 @@ def test_a_gate_that_is_met():
         ({"needs": "HMMA|HGMMA"}, "copy", r"no HMMA\|HGMMA in the counted region"),
         ({"forbids": "STG.128"}, "copy", "1 STG.128, allowed: none"),
         ({"region": "loop"}, "copy", "copy: the table counts a loop, and there is none"),
-        ({"region": "path"}, "sum", "1 loops on the main path: count one of them"),
+        ({"region": "path"}, "sum", "1 loops inside the counted path: count one of them"),
         ({"elements": None}, "copy", "the gate limits instructions and tells no elements"),
         ({}, "unbounded", "no __launch_bounds__"),
     ],
