@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from peftk.ops import dispatch, library
-from peftk.ops.blockwise8_dequantize import cpu, reference
+from peftk.ops.blockwise8_dequantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def blockwise8_dequantize(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from peftk.ops import dispatch, library
-from peftk.ops.blockwise8_quantize import cpu, reference
+from peftk.ops.blockwise8_quantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def blockwise8_quantize(x: torch.Tensor, block_size: int = 256, signed: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,9 +14,9 @@ import torch
 from peftk.format.code4 import code4
 from peftk.format.dynamic8 import NESTED_BLOCK
 from peftk.ops import dispatch, library
-from peftk.ops.nf4_dequantize import cpu, reference
+from peftk.ops.nf4_dequantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def nf4_dequantize(

@@ -16,9 +16,9 @@ from peftk.format.dynamic8 import NESTED_BLOCK
 from peftk.format.nf4 import NF4Weight
 from peftk.ops import dispatch, library
 from peftk.ops.blockwise8_quantize import blockwise8_quantize
-from peftk.ops.nf4_quantize import cpu, reference
+from peftk.ops.nf4_quantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def nf4_quantize(w: torch.Tensor, block_size: int = 64, quant_type: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
