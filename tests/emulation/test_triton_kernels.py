@@ -69,13 +69,15 @@ def hard_blocks(block_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nf4_quantize_of_hard_blocks(dtype, quant_type):
-    assert_both_same(lambda: nf4_quantize(hard_blocks(64).to(dtype), 64, quant_type))
+    w = hard_blocks(64).to(dtype)
+    assert_both_same(lambda: nf4_quantize(w, 64, quant_type))
 
 
 @pytest.mark.parametrize("block_size", [64, 7, 1, 4096])
 def test_blockwise8_quantize_of_hard_blocks(block_size):
+    x = hard_blocks(block_size)
     for signed in (True, False):
-        assert_both_same(lambda signed=signed: blockwise8_quantize(hard_blocks(block_size), block_size, signed))
+        assert_both_same(lambda signed=signed: blockwise8_quantize(x, block_size, signed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
