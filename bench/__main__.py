@@ -88,6 +88,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", nargs="*", help="what to time: of --list, or all")
     parser.add_argument("--list", action="store_true", help="tell the names and stop")
+    parser.add_argument("--static", action="store_true", help="of ops with GPU kernels: compile, gate and count, without a GPU")
     parser.add_argument("--record", action="store_true", help="append to bench/results and rewrite the README's table")
     parser.add_argument("--threads", type=int, default=2, help="for everyone (2)")
     parser.add_argument("--repeat", type=int, default=20, help="rounds of a case (20); slow peers may cut them to 5, or 3")
@@ -98,6 +99,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="of sweep: draw it")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="of sweep --plot: a recorded one, untimed")
     chosen = parser.parse_args(argv)
+    if chosen.static:
+        return chosen
     unknown = [name for name in chosen.name if name not in (*names, "all")]
     if unknown or not (chosen.name or chosen.list):
         parser.error(f"name: expected some of {', '.join(names)} or all, got {', '.join(unknown) or 'none'}")
@@ -119,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = arguments(argv)
     if chosen.list:
         print("\n".join([*benches(), SWEEP]))
+        return
+    if chosen.static:
+        importlib.import_module("bench.static.report").main(chosen.name, chosen.record)
         return
     if chosen.source:
         draw_sweep(module_of(SWEEP).read(chosen.source), chosen.plot)

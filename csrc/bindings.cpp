@@ -1,12 +1,5 @@
 // The front door of peftk._C: one line an op. Pointers cross as addresses (tensor.data_ptr()); checks stand in peftk/ops/<op>/.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
+#include "bindings_wire.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "format/dynamic8.h"
@@ -21,52 +14,13 @@
 #include "ops/nf4_quantize/op.h"
 #include "ops/philox_dropout/op.h"
 #ifdef PEFTK_WITH_CUDA
+#include "bindings_cuda.h"
 #include "cuda/device.h"
 #endif
 
 namespace py = pybind11;
 
-namespace {
-
-// How a parameter crosses: a pointer as an integer, 0 for nullptr; tuples and lists of such part by part.
-template <class T>
-struct Wire {
-  using Type = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
-  static T read(Type value) {
-    if constexpr (std::is_pointer_v<T>)
-      return reinterpret_cast<T>(value);
-    else
-      return value;
-  }
-};
-template <class... Parts>
-struct Wire<std::tuple<Parts...>> {
-  using Type = std::tuple<typename Wire<Parts>::Type...>;
-  static std::tuple<Parts...> read(const Type& value) {
-    return std::apply([](const auto&... parts) { return std::tuple<Parts...>(Wire<Parts>::read(parts)...); }, value);
-  }
-};
-template <class T>
-struct Wire<std::vector<T>> {
-  using Type = std::vector<typename Wire<T>::Type>;
-  static std::vector<T> read(const Type& values) {
-    std::vector<T> all;
-    for (const auto& value : values) all.push_back(Wire<T>::read(value));
-    return all;
-  }
-};
-
-template <class Result, class... Args, class Pick>
-void expose(py::module_& m, const char* name, Result (*)(Args...), Pick pick) {
-  m.def(name, [pick](typename Wire<std::decay_t<Args>>::Type... args) {
-    py::gil_scoped_release without_gil;
-    return pick()(Wire<std::decay_t<Args>>::read(args)...);
-  });
-}
-
-#define PEFTK_OP(op) expose(m, #op, ::peftk::scalar::op, [] { return PEFTK_TIERED(op); })
-
-}  // namespace
+#define PEFTK_OP(op) peftk::expose(m, #op, ::peftk::scalar::op, [] { return PEFTK_TIERED(op); })
 
 PYBIND11_MODULE(_C, m) {
   m.def("compiled_tiers", &peftk::compiled_tiers);
@@ -87,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef PEFTK_WITH_CUDA
   m.def("cuda_devices", &peftk::cuda_devices);
   m.def("cuda_status", &peftk::cuda_status);
+  peftk::expose_cuda_ops(m);
 #endif
 
   PEFTK_OP(blockwise8_dequantize);

@@ -92,6 +92,14 @@ def test_native_ops_have_a_python_room():
         assert f"PEFTK_OP({folder.name})" in (ROOT / "csrc" / "bindings.cpp").read_text()
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_kernels_have_a_python_side(op: str):
+    source, side = ROOT / "csrc" / "ops" / op / "cuda.cu", PACKAGE / "ops" / op / "cuda.py"
+    assert source.exists() == side.exists()
+    listed = f"PEFTK_CUDA_OP({op});" in (ROOT / "csrc" / "bindings_cuda.h").read_text()
+    assert source.exists() == listed == ("cuda.IMPLEMENTATION" in (PACKAGE / "ops" / op / "__init__.py").read_text())
+
+
 @pytest.mark.parametrize("room", ["format", "nn", "methods", "cli"])
 def test_tests_mirror_the_package(room: str):
     """tests/<room>/test_<file>.py belongs to peftk/<room>/<file>.py."""
@@ -119,7 +127,7 @@ def test_kernels_know_no_framework():
         if path.suffix in TEXT:
             included = re.findall(r'#include\s+[<"](\S+)[>"]', path.read_text())
             assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))], path
-            if path.name != "bindings.cpp":
+            if not path.name.startswith("bindings"):
                 assert not [name for name in included if name.startswith("pybind11")], path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -60,6 +61,11 @@ def _key(source: Path, target: str) -> str:
     for path in [source, *sorted(headers)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def release() -> str:
+    """ "13.0"; empty where there is no nvcc."""
+    return re.search(r"release (\d+\.\d+)", _version())[1] if find_nvcc() else ""
 
 
 @cache

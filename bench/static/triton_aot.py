@@ -1,60 +1,55 @@
-"""Triton, ahead of time: a @triton.jit kernel -> PTX, cubin or hsaco, specialised as Triton's launcher would specialise it."""
+"""Triton, ahead of time: a @triton.jit kernel -> PTX, cubin or hsaco. What a launch is specialised on (pointers on 16 bytes,
+integers divisible by 16, constants) is asked of Triton's own binder, which needs no driver."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from bench.static.nvcc import ROOT
 
+STORE = ROOT / "build" / "triton"
 CUDA_TARGETS = (75, 80, 90, 100, 120)
 HIP_TARGETS = ("gfx942", "gfx1100")
-_DTYPE = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.uint8: "u8",
-    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
 
 
 def compiled(kernel: Any, target: int | str, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
     """The compiled kernel (``.asm``, ``.metadata``) for sm_<target>, or a gfx target, as ``kernel[grid](*arguments, **options)``
-    would compile it: pointers on 16 bytes and integers divisible by 16 are known to be, an integer 1 and None are constants."""
+    would compile it. Triton keeps what it made in TRITON_CACHE_DIR, here STORE unless the user set one."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    signature: dict[str, str] = {}
-    constants = {name: value for name, value in options.items() if name in names}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for position, (name, value) in enumerate(zip(names, arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value
-            continue
-        signature[name] = argument_type(value)
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if isinstance(number, int) and number % 16 == 0:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    signature = {name: signature[name] for name in names}
+    signature, constants, attributes, settings = specialisation(kernel, target, arguments, options)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    gpu = GPUTarget("hip", target, 64 if str(target).startswith("gfx9") else 32) if isinstance(target, str) else None
-    settings = {name: value for name, value in options.items() if name not in names}
-    return triton.compile(source, target=gpu or GPUTarget("cuda", target, 32), options=settings)
+    with triton.knobs.cache.scope():
+        if "TRITON_CACHE_DIR" not in os.environ:
+            triton.knobs.cache.dir = str(STORE)
+        return triton.compile(source, target=gpu_target(target), options=settings)
 
 
-def argument_type(value: Any) -> str:
-    """Triton's name for an argument's type."""
-    if isinstance(value, torch.Tensor):
-        return "*" + _DTYPE[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
+def specialisation(kernel: Any, target: int | str, arguments: Sequence[Any], options: dict[str, Any]) -> tuple[dict, ...]:
+    """A launch as the compiler sees it: types by parameter, constants and alignments by position, the backend's options."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(gpu_target(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, facts, rest = bind(*arguments, **options)
+    settings, signature, constants, attributes = kernel._pack_args(backend, options, bound, facts, rest)
+    return signature, constants, attributes, settings.__dict__
+
+
+def gpu_target(target: int | str) -> Any:
+    """80 is sm_80, "gfx942" is AMD's. Wavefronts of gfx9 have 64 lanes."""
+    from triton.backends.compiler import GPUTarget
+
+    if isinstance(target, str):
+        return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    return GPUTarget("cuda", target, 32)
 
 
 def why_not() -> str:
     """Why nothing can be compiled here; empty where it can."""
-    import importlib.util
-
     return "" if importlib.util.find_spec("triton") else "triton is not installed"

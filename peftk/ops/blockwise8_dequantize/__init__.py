@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from peftk.ops import dispatch, library
-from peftk.ops.blockwise8_dequantize import cpu, reference
+from peftk.ops import dispatch, gpu, library
+from peftk.ops.blockwise8_dequantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+
+def _against_triton(codes: torch.Tensor, absmax: torch.Tensor, block_size: int, signed: bool, dtype: torch.dtype) -> list[str]:
+    return gpu.triton().reasons_against(codes, absmax) + dispatch.reasons_against_dtype("dtype", dtype)
+
+
+TABLE = (
+    cpu.IMPLEMENTATION,
+    cuda.IMPLEMENTATION,
+    gpu.triton_implementation("blockwise8_dequantize", _against_triton),
+    reference.IMPLEMENTATION,
+)
 
 
 def blockwise8_dequantize(

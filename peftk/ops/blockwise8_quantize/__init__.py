@@ -8,10 +8,24 @@ from __future__ import annotations
 
 import torch
 
-from peftk.ops import dispatch, library
-from peftk.ops.blockwise8_quantize import cpu, reference
+from peftk.ops import dispatch, gpu, library
+from peftk.ops.blockwise8_quantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+LARGEST_TRITON_BLOCK = 4096  # elements: a program holds whole blocks in its registers
+
+
+def _against_triton(x: torch.Tensor, block_size: int, signed: bool) -> list[str]:
+    reasons = gpu.triton().reasons_against(x) + dispatch.reasons_against_dtype("x", x.dtype)
+    fits = block_size <= LARGEST_TRITON_BLOCK
+    return reasons + ([] if fits else [f"block_size is {block_size}, the kernel takes up to {LARGEST_TRITON_BLOCK}"])
+
+
+TABLE = (
+    cpu.IMPLEMENTATION,
+    cuda.IMPLEMENTATION,
+    gpu.triton_implementation("blockwise8_quantize", _against_triton),
+    reference.IMPLEMENTATION,
+)
 
 
 def blockwise8_quantize(x: torch.Tensor, block_size: int = 256, signed: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

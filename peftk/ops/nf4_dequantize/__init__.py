@@ -13,10 +13,21 @@ import torch
 
 from peftk.format.code4 import code4
 from peftk.format.dynamic8 import NESTED_BLOCK
-from peftk.ops import dispatch, library
-from peftk.ops.nf4_dequantize import cpu, reference
+from peftk.ops import dispatch, gpu, library
+from peftk.ops.nf4_dequantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+
+def _against_triton(packed, absmax, absmax_scale, absmax_offset, block_size, quant_type, out) -> list[str]:
+    reasons = gpu.triton().reasons_against(packed, absmax, absmax_scale, absmax_offset, out)
+    return reasons + dispatch.reasons_against_dtype("out", out.dtype)
+
+
+TABLE = (
+    cpu.IMPLEMENTATION,
+    cuda.IMPLEMENTATION,
+    gpu.triton_implementation("nf4_dequantize", _against_triton),
+    reference.IMPLEMENTATION,
+)
 
 
 def nf4_dequantize(

@@ -14,11 +14,22 @@ import torch
 from peftk.format.code4 import BLOCK_SIZES, code4
 from peftk.format.dynamic8 import NESTED_BLOCK
 from peftk.format.nf4 import NF4Weight
-from peftk.ops import dispatch, library
+from peftk.ops import dispatch, gpu, library
 from peftk.ops.blockwise8_quantize import blockwise8_quantize
-from peftk.ops.nf4_quantize import cpu, reference
+from peftk.ops.nf4_quantize import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+
+def _against_triton(w: torch.Tensor, block_size: int, quant_type: str) -> list[str]:
+    reasons = gpu.triton().reasons_against(w) + dispatch.reasons_against_dtype("w", w.dtype)
+    return reasons + ([] if block_size in BLOCK_SIZES else [f"block_size is {block_size}, the kernel takes {BLOCK_SIZES}"])
+
+
+TABLE = (
+    cpu.IMPLEMENTATION,
+    cuda.IMPLEMENTATION,
+    gpu.triton_implementation("nf4_quantize", _against_triton),
+    reference.IMPLEMENTATION,
+)
 
 
 def nf4_quantize(w: torch.Tensor, block_size: int = 64, quant_type: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,145 @@
+"""Which Triton kernels an op launches, and how they are specialised: its public function is called on small CPU tensors while a
+recording door stands before Triton, so there is no list of kernels to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peftk
+from bench.static import triton_aot
+from peftk.format.code4 import BLOCK_SIZES
+from peftk.format.dynamic8 import NESTED_BLOCK
+from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
+
+OPS = Path(peftk.__file__).parent / "ops"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COUNTS = (4096, 1001)  # elements: whole tiles of 16-byte accesses; ragged, which Triton compiles another time
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what decides how Triton compiles the kernel."""
+
+    kernel: Any  # a @triton.jit function
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel as Triton specialises it, by parameter: ``dequantize<u8, fp32, i32/16, 1024>``. Constants by value; /16 is
+        an integer known to be divisible, /1 a pointer that isn't on 16 bytes."""
+        signature, constants, attributes, _ = triton_aot.specialisation(self.kernel, 80, self.arguments, self.options)
+        parts = []
+        for position, kind in enumerate(signature.values()):
+            aligned, pointer = (position,) in attributes, kind.startswith("*")
+            suffix = "" if aligned == pointer else "/1" if pointer else "/16"
+            parts.append(str(constants[(position,)]) if kind == "constexpr" else kind.removeprefix("*") + suffix)
+        return f"{self.kernel.__name__}<{', '.join(parts)}>"
+
+    def compiled(self, target: int | str) -> Any:
+        """As triton_aot.compiled."""
+        return triton_aot.compiled(self.kernel, target, self.arguments, self.options)
+
+
+class Recorder(gpu.TritonDoor):
+    """A door that writes down what would have been launched; results stay as they were allocated."""
+
+    def __init__(self) -> None:
+        self.launches: dict[str, Launch] = {}  # by name
+        self.count = 0
+
+    def why_not(self) -> str:
+        return triton_aot.why_not()
+
+    def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
+        return [why] if (why := self.why_not()) else []
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launch = Launch(kernel, arguments, options)
+        self.launches.setdefault(launch.name, launch)
+        self.count += 1
+
+
+@cache
+def recorded(op: str) -> tuple[Launch, ...]:
+    """What the calls of an op launch, each specialisation once. RuntimeError where a call launches nothing."""
+    if op not in CALLS:
+        raise RuntimeError(f"bench/static/launches.py: no calls of {op}, which has Triton kernels")
+    recorder = Recorder()
+    with gpu.through("triton", recorder), peftk.use("triton"):
+        for call in CALLS[op]():
+            before = recorder.count
+            call()
+            if recorder.count == before:
+                raise RuntimeError(f"{op}: a call launched no Triton kernel through the door")
+    return tuple(recorder.launches.values())
+
+
+def ops_with_triton() -> list[str]:
+    return sorted(path.parent.name for path in OPS.glob("*/triton_kernel.py"))
+
+
+# ---- calls that reach every kernel of an op -----------------------------------------------------------------------------------
+
+Call = Callable[[], Any]
+
+
+def _quantize4() -> Iterator[Call]:
+    for count in COUNTS:
+        for dtype in DTYPES:
+            yield partial(nf4_quantize, torch.zeros(count, dtype=dtype))
+    for block_size in BLOCK_SIZES:
+        yield partial(nf4_quantize, torch.zeros(COUNTS[0], dtype=torch.bfloat16), block_size)
+    yield partial(nf4_quantize, torch.zeros(COUNTS[0], dtype=torch.bfloat16), quant_type="fp4")
+
+
+def _dequantize4() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for count in COUNTS:
+            yield from _dequantize4_with(count, 64, dtype)
+    for block_size in BLOCK_SIZES:
+        yield from _dequantize4_with(COUNTS[0], block_size, torch.bfloat16)
+
+
+def _dequantize4_with(count: int, block_size: int, dtype: torch.dtype) -> Iterator[Call]:
+    """Double quantised and not."""
+    blocks = -(-count // block_size)
+    nested = (torch.zeros(blocks, dtype=torch.uint8), torch.zeros(-(-blocks // NESTED_BLOCK)), torch.zeros(()))
+    for constants in (nested, (torch.zeros(blocks), None, None)):
+        packed = torch.zeros(-(-count // 2), dtype=torch.uint8)
+        yield partial(nf4_dequantize, packed, *constants, (count,), block_size, dtype=dtype)
+
+
+def _quantize8() -> Iterator[Call]:
+    for count in COUNTS:
+        for dtype in DTYPES:
+            yield partial(blockwise8_quantize, torch.zeros(count, dtype=dtype))
+    for block_size in BLOCK_SIZES:
+        yield partial(blockwise8_quantize, torch.zeros(COUNTS[0]), block_size)
+
+
+def _dequantize8() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for count in COUNTS:
+            yield _dequantize8_with(count, 256, dtype)
+    for block_size in BLOCK_SIZES:
+        yield _dequantize8_with(COUNTS[0], block_size, torch.float32)
+
+
+def _dequantize8_with(count: int, block_size: int, dtype: torch.dtype) -> Call:
+    codes, absmax = torch.zeros(count, dtype=torch.uint8), torch.zeros(-(-count // block_size))
+    return partial(blockwise8_dequantize, codes, absmax, block_size, dtype)
+
+
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {
+    "nf4_quantize": _quantize4,
+    "nf4_dequantize": _dequantize4,
+    "blockwise8_quantize": _quantize8,
+    "blockwise8_dequantize": _dequantize8,
+}

@@ -1,0 +1,62 @@
+// The one place where a kernel meets its grid, its stream and the bytes of its parameters. Nothing here allocates or waits, so
+// ops can be captured in a CUDA graph.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernel.cuh"
+
+namespace peftk::cuda {
+
+template <class T>
+struct AsDeclared {
+  using Type = T;
+};
+
+#ifdef PEFTK_CUDA_HOST
+using cuda_host::launch;
+using cuda_host::multiprocessors;
+#else
+inline constexpr std::size_t kSharedWithoutAsking = 48 << 10;  // bytes of shared memory that every launch may take
+
+inline void check(cudaError_t error, const void* kernel) {
+  if (error == cudaSuccess) return;
+  const char* name = nullptr;
+  if (cudaFuncGetName(&name, kernel) != cudaSuccess || !name) name = "a kernel whose name the driver does not tell";
+  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), nullptr);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), nullptr);
+  return count;
+}
+
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...),                              // __global__
+            dim3 blocks,                                                // of the grid
+            dim3 threads,                                               // of a block
+            std::size_t shared_bytes,                                   // dynamic shared memory of a block
+            void* stream,                                               // cudaStream_t
+            const typename AsDeclared<Parameters>::Type&... arguments)  // converted to what the kernel declares
+{
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kSharedWithoutAsking)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), function);
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  check(cudaLaunchKernel(function, blocks, threads, pointers, shared_bytes, static_cast<cudaStream_t>(stream)), function);
+}
+#endif
+
+// Blocks for `units` of work, so many a block, where each block takes more than one once the device is full.
+inline unsigned blocks_for(std::int64_t units, std::int64_t units_a_block, int blocks_a_multiprocessor) {
+  const std::int64_t wanted = (units + units_a_block - 1) / units_a_block;
+  const std::int64_t resident = static_cast<std::int64_t>(multiprocessors()) * blocks_a_multiprocessor;
+  return static_cast<unsigned>(wanted < 1 ? 1 : wanted < resident ? wanted : resident);
+}
+
+}  // namespace peftk::cuda

@@ -1,0 +1,49 @@
+"""Words for Triton kernels; they know no op. Only triton_kernel.py files import this: Triton need not be there otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+# For every launch: a product is rounded before the sum that follows it, as in the reference; no contraction into an FMA.
+EXACT = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def row_absmax(x):
+    """x (rows, columns) fp32 -> (rows,) max |x|. As integers, where NaN > Inf > every number: fp32's maximum drops a NaN."""
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit_rows(x, absmax):
+    """x * (1 / absmax) by rows; a row of zeros stays zeros. div_rn: `/` on fp32 is div.full, which isn't correctly rounded."""
+    one = tl.full(absmax.shape, 1.0, tl.float32)
+    return x * tl.where(absmax == 0.0, 0.0, tl.div_rn(one, absmax))[:, None]
+
+
+@triton.jit
+def count_below(x, heap, LEVELS: tl.constexpr):
+    """x (n,) -> how many of the 2^LEVELS - 1 thresholds lie strictly below; 0 for NaN. heap: (2^LEVELS,) as in_heap_order has it,
+    so that a warp's look-ups of one level lie side by side: sorted thresholds are strides of 2^k apart, in one bank."""
+    node = tl.full(x.shape, 1, tl.int32)
+    for _ in tl.static_range(LEVELS):
+        node = 2 * node + (x > tl.gather(heap, node, 0)).to(tl.int32)
+    return node - (1 << LEVELS)
+
+
+def in_heap_order(thresholds: Sequence[float]) -> list[float]:
+    """2^levels - 1 ascending numbers as a binary tree: the root at 1, the children of i at 2i and 2i + 1; 0 is unused."""
+    leaves = len(thresholds) + 1
+    nodes = [(node, node.bit_length() - 1) for node in range(1, leaves)]
+    return [0.0, *(thresholds[(2 * (node - (1 << level)) + 1) * (leaves >> level + 1) - 1] for node, level in nodes)]
+
+
+def blocks_touched(tile: int, block_size: int) -> int:
+    """How many blocks the ``tile`` elements of one program may lie in, rounded up to a power of two."""
+    if tile % block_size == 0 or block_size % tile == 0:
+        return max(tile // block_size, 1)
+    return triton.next_power_of_2((tile - 2) // block_size + 2)

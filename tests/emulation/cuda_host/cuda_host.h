@@ -1,0 +1,157 @@
+// CUDA's words for g++: csrc/cuda and csrc/ops/*/cuda.cu run on the host, each thread a fiber (fibers.h). What stands here
+// behaves as on the device to the bit; what isn't here no kernel uses.
+#pragma once
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+
+#define threadIdx (::cuda_host::this_thread().index)
+#define blockIdx (::cuda_host::block_index())
+#define blockDim (::cuda_host::block_dim())
+#define gridDim (::cuda_host::grid_dim())
+
+// The lambda's type is another one at each place and in each template instance: so it names the object.
+#define PEFTK_SHARED(Type, name, extent) auto& name = ::cuda_host::shared<Type extent>([] {})
+#define PEFTK_DYNAMIC_SHARED(Type, name) Type* const name = reinterpret_cast<Type*>(::cuda_host::dynamic_shared())
+
+struct alignas(8) uint2 {
+  std::uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  std::uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline void __syncthreads() { cuda_host::sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_host::sync_warp(mask); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return cuda_host::exchange(mask, "shfl", value, lane & 31);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return cuda_host::exchange(mask, "shfl.xor", value, (static_cast<int>(threadIdx.x) & 31) ^ lanes);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate); }
+inline bool __any_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate) != 0; }
+inline bool __all_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate) == mask; }
+
+template <class T>
+T __ldcs(const T* data) {
+  return cuda_host::aligned(data);
+}
+template <class T>
+void __stcs(T* data, T value) {
+  cuda_host::aligned(data) = value;
+}
+
+template <class T>
+T atomicAdd(T* at, T value) {  // fibers change places at barriers only
+  const T before = *at;
+  *at = before + value;
+  return before;
+}
+template <class T>
+T atomicMax(T* at, T value) {
+  const T before = *at;
+  if (value > before) *at = value;
+  return before;
+}
+
+template <class T>
+T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
+
+inline std::uint32_t __float_as_uint(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float canonical(float x) { return x == x ? x : __uint_as_float(0x7fffffffu); }  // arithmetic on a GPU knows one NaN
+inline float __fmul_rn(float a, float b) { return canonical(a * b); }
+inline float __fadd_rn(float a, float b) { return canonical(a + b); }
+inline float __frcp_rn(float a) { return canonical(1.0f / a); }
+inline float __fmaf_rn(float a, float b, float c) { return canonical(std::fmaf(a, b, c)); }
+inline float __fmaf_rd(float a, float b, float c) {
+  volatile float x = a, y = b, z = c;  // the compiler must not compute it before the rounding mode is set
+  std::fesetround(FE_DOWNWARD);
+  volatile float result = std::fmaf(x, y, z);
+  std::fesetround(FE_TONEAREST);
+  return canonical(result);
+}
+
+// Byte i of the result: byte (selector >> 4i) & 7 of the eight of `low` and `high`.
+inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(high) << 32 | low;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; i++) result |= static_cast<std::uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+
+namespace cuda_host {
+
+inline std::uint16_t bf16(float x) {
+  const std::uint32_t bits = __float_as_uint(x);
+  if (x != x) return 0x7fff;
+  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+inline std::uint16_t f16(float x) {
+  if (x != x) return 0x7fff;
+  const std::uint16_t sign = static_cast<std::uint16_t>(__float_as_uint(x) >> 16 & 0x8000u);
+  const float size = std::fabs(x);
+  if (size >= 65520.0f) return sign | 0x7c00;  // halfway beyond the largest number
+  // Below 2^-14 the numbers are multiples of 2^-24; above, a significand of 11 bits.
+  if (size < 0x1p-14f) return sign | static_cast<std::uint16_t>(std::nearbyint(size * 0x1p24f));
+  const std::uint32_t bits = __float_as_uint(size);
+  return sign | static_cast<std::uint16_t>((bits + 0xfffu + (bits >> 13 & 1) - (112u << 23)) >> 13);
+}
+
+inline float from_f16(std::uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  float size = std::ldexp(static_cast<float>(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
+  if (exponent == 31) size = fraction ? __uint_as_float(0x7fffffffu) : HUGE_VALF;
+  return h & 0x8000 ? -size : size;
+}
+
+}  // namespace cuda_host
+
+struct __half {
+  std::uint16_t bits;
+};
+struct __half2 {
+  std::uint16_t low, high;
+};
+struct __nv_bfloat162 {
+  std::uint16_t low, high;
+};
+inline __half __ushort_as_half(std::uint16_t bits) { return {bits}; }
+inline float __half2float(__half x) { return cuda_host::from_f16(x.bits); }
+inline __half2 __floats2half2_rn(float low, float high) { return {cuda_host::f16(low), cuda_host::f16(high)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {cuda_host::bf16(low), cuda_host::bf16(high)}; }

@@ -1,0 +1,96 @@
+"""The two doors that take the CUDA launchers on the host: HostDoor runs a launch as fibers, PtxDoor hands it to the emulator with
+nvcc's sm_80 PTX of the same kernel. Both take the CPU tensors of an op's one test body."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.static import nvcc
+from emulation.cuda_host import build
+from peftk.native import address
+
+TARGET = "sm_80"
+
+
+@cache
+def host_module() -> Any:
+    """The ops' host build, from the environment: PEFTK_CUDA_HOST_SANITIZE=1 with sanitizers, PEFTK_CUDA_HOST_SEED for the order of
+    blocks and threads."""
+    module = build.module(sanitize=os.environ.get("PEFTK_CUDA_HOST_SANITIZE") == "1")
+    module.set_seed(int(os.environ.get("PEFTK_CUDA_HOST_SEED", "0")))
+    return module
+
+
+class HostDoor:
+    """Threads as fibers."""
+
+    def why_not(self) -> str:
+        return build.why_not()
+
+    def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
+        return [why] if (why := self.why_not()) else []
+
+    def call(self, op: str, *arguments: Any) -> None:
+        """``cuda_<op>`` with tensors as addresses and None as 0."""
+        host_module().set_receiver(None)
+        _call(op, arguments)
+
+
+class PtxDoor:
+    """Launches in the emulator; ``reports`` holds those of the last call, (kernel, report) each."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, Any]] = []
+
+    def why_not(self) -> str:
+        return build.why_not() or nvcc.why_not()
+
+    def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
+        return [why] if (why := self.why_not()) else []
+
+    def call(self, op: str, *arguments: Any) -> None:
+        """``cuda_<op>``; each kernel may touch the bytes of the tensors among the arguments and no others."""
+        ptx = importlib.import_module("emulation.ptx")
+        memory = ptx.Memory()
+        for position, tensor in enumerate(arguments):
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                memory.allow(tensor.data_ptr(), _extent(tensor), f"argument {position} of {op}")
+        self.reports = []
+
+        def launch(symbol: str, grid: tuple, block: tuple, shared_bytes: int, parameters: list[bytes]) -> None:
+            report = _program(source_of(op)).run(symbol, grid, block, shared_bytes, parameters, memory)
+            self.reports.append((symbol, report))
+
+        host_module().set_receiver(launch)
+        try:
+            _call(op, arguments)
+        finally:
+            host_module().set_receiver(None)
+
+
+def source_of(op: str) -> Path:
+    """csrc/ops/<folder>/cuda.cu with the longest folder's name that ``op`` starts with: nf4_linear_dx lies in nf4_linear."""
+    folders = [p.parent for p in build.op_sources() if p.name == "cuda.cu" and op.startswith(p.parent.name)]
+    return max(folders, key=lambda folder: len(folder.name)) / "cuda.cu"
+
+
+@cache
+def _program(source: Path) -> Any:
+    return importlib.import_module("emulation.ptx").Program(nvcc.compiled(source, TARGET, "ptx").read_text())
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a view to the end of its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _call(op: str, arguments: tuple) -> None:
+    wired = [address(a) if a is None or isinstance(a, torch.Tensor) else a for a in arguments]
+    getattr(host_module(), f"cuda_{op}")(*wired, 0)

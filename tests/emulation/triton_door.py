@@ -1,0 +1,73 @@
+"""Triton's kernels without a GPU: compiled for sm_80 as its launcher would, the PTX executed by the emulator on CPU tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench.static import triton_aot
+
+TARGET = 80  # what the emulator knows
+PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}  # Triton's types as struct's
+
+
+class PtxDoor:
+    """Stands where gpu.TritonDoor stands. ``reports`` are those of the emulator for the last launches, the newest last."""
+
+    def __init__(self) -> None:
+        self.compiled: dict[str, tuple[Any, Any, int]] = {}  # by kernel and specialisation: program, metadata, parameters
+        self.reports: deque[Any] = deque(maxlen=16)
+
+    def why_not(self) -> str:
+        """Why nothing can be emulated here; empty where it can."""
+        if importlib.util.find_spec("emulation.ptx") is None:
+            return "there is no emulation.ptx"
+        return triton_aot.why_not()
+
+    def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
+        """Why a kernel can't take these tensors."""
+        elsewhere = [f"a tensor is on {t.device}" for t in tensors if t is not None and not t.is_cpu]
+        return [why] if (why := self.why_not()) else elsewhere[:1]
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """``kernel[grid](*arguments, **options)``. A Fault is raised for any access outside the tensors' own bytes."""
+        from emulation.ptx import Memory, Program
+
+        facts = triton_aot.specialisation(kernel, TARGET, arguments, options)
+        key = f"{kernel.cache_key} {facts}"
+        if key not in self.compiled:
+            made = triton_aot.compiled(kernel, TARGET, arguments, options)
+            self.compiled[key] = Program(made.asm["ptx"]), made.metadata, declared(made.asm["ptx"], made.metadata.name)
+        program, metadata, count = self.compiled[key]
+        parameters = laid_out(facts[0], arguments, count)
+        memory = Memory()
+        for name, value in zip(kernel.arg_names, arguments, strict=False):
+            if isinstance(value, torch.Tensor) and value.numel():
+                assert value.is_contiguous(), f"{name}: the range of a strided view isn't its own"
+                memory.allow(value.data_ptr(), value.numel() * value.element_size(), name)
+        threads = (32 * metadata.num_warps, 1, 1)
+        blocks = tuple((*grid, 1, 1)[:3])
+        self.reports.append(program.run(metadata.name, blocks, threads, metadata.shared, parameters, memory))
+
+
+def declared(ptx: str, entry: str) -> int:
+    """How many parameters an entry has: the kernel's own, then Triton's pointers to global and to profiling scratch."""
+    (parameters,) = re.findall(rf"\.entry {re.escape(entry)}\(([^)]*)\)", ptx)
+    return parameters.count(".param")
+
+
+def laid_out(signature: dict[str, str], arguments: Sequence[Any], count: int) -> list[bytes]:
+    """``count`` parameters as bytes: the arguments that aren't compiled in, then null for the scratch that no kernel uses."""
+    wired = []
+    for kind, value in zip(signature.values(), arguments, strict=False):
+        if kind.startswith("*"):
+            wired.append(struct.pack("<Q", value.data_ptr()))
+        elif kind != "constexpr":
+            wired.append(struct.pack(PACKED[kind], value))
+    return wired + [bytes(8)] * (count - len(wired))
