@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-HOLD_CYCLES = 1_000_000  # some 0.5 ms at 2 GHz: longer than Python needs to queue a call
+HOLD_CYCLES = 4_000_000  # some 2 ms: longer than Python needs to queue a training step of a layer
 UNKNOWN = "unknown"
 FACTS = {
     "driver": "driver_version",

@@ -40,7 +40,17 @@ def measure_limits(
     one = torch.ones(1, device=device.place)
     launch, in_graph = (best(device, one.zero_, rounds, launches, graph) for graph in (False, True))
     no_peak = "torch.matmul is the peak"
-    return GpuLimits(size / read, size / write, 2 * size / copy, matmul, no_peak=no_peak, launch=launch, launch_in_graph=in_graph)
+    return GpuLimits(read, write, copy, matmul, no_peak=no_peak, launch=launch, launch_in_graph=in_graph)
+
+
+def _bandwidths(device: Device, count: int, rounds: int) -> tuple[float, float, float]:
+    """Bytes a second read, written, and both where copied, on arrays of ``count`` fp32."""
+    source = torch.ones(count, device=device.place)
+    target = torch.ones_like(source)
+    read = min(best(device, run, rounds) for run in (source.sum, source.amax, lambda: torch.dot(source, source)))
+    write = min(best(device, run, rounds) for run in (target.zero_, lambda: target.fill_(1.0)))
+    copy = best(device, lambda: target.copy_(source), rounds)
+    return source.nbytes / read, source.nbytes / write, 2 * source.nbytes / copy
 
 
 def _best_matmul(device: Device, side: int, dtype: torch.dtype, rounds: int) -> float:
