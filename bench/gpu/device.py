@@ -85,21 +85,7 @@ class Gpu:
         torch.cuda.synchronize(self.place)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """``run`` as a CUDA graph: a call replays it. Whoever can't be captured raises RuntimeError here."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()  # whatever is made at a first call is made outside of the graph
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = run()
-
-        def replay() -> Any:
-            graph.replay()
-            return kept
-
-        return replay
+        return capture(run)
 
     def facts(self) -> dict[str, str]:
         return {"cuda": torch.version.cuda or UNKNOWN} | {column: self._smi.ask(query) for column, query in FACTS.items()}
@@ -112,6 +98,25 @@ class Gpu:
             self.synchronise()
 
         return span([self._smi.ask_while("clocks.sm", once) for _ in range(READINGS)])
+
+
+def capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a CUDA graph: a call replays it and returns what run returned, written anew. RuntimeError for whatever can't be
+    captured: a wait for the GPU, an allocation past torch's allocator, another stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # what is made at a first call is made outside of the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 class NvidiaSmi:
