@@ -211,6 +211,17 @@ def test_the_tests_that_are_run_exist():
     assert done.returncode == 0 and len(found) > 10 and set(found) == {"nf4_quantize"}, done.stdout
 
 
+@pytest.mark.skipif(not why_no_gpu(), reason="a GPU is here")
+def test_without_a_gpu_they_are_skipped_with_reasons_and_without_the_mark_deselected():
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/gpu/test_device.py", "-k", "stream or bit_for_bit"]
+    marked = subprocess.run([*pytest_, "-m", "gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert marked.returncode == 0 and re.search(r"^24 skipped, \d+ deselected", marked.stdout, re.MULTILINE), marked.stdout
+    reasons = re.findall(r"^SKIPPED \[\d+\] \S+: (.+)$", marked.stdout, re.MULTILINE)
+    assert reasons and all(re.search("has no such implementation|nvcc|no device|sees no GPU|driver", why) for why in reasons)
+    unmarked = subprocess.run(pytest_, cwd=ROOT, capture_output=True, text=True)
+    assert unmarked.returncode == 0 and re.search(r"^4 passed, \d+ deselected", unmarked.stdout, re.MULTILINE), unmarked.stdout
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

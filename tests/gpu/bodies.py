@@ -15,6 +15,7 @@ from bench.gpu.device import capture
 from gpu.calls import EDGE, TYPICAL, Place, big, differing, matrix
 
 SOME, LONG = 50_000_000, 1_000_000_000  # cycles: hundredths of a second, half a second
+POWERS = (2**30, 2**31, 2**32)  # where bytes of bf16 and elements no longer fit 32 bits
 POISONS = ((float("nan"), 0xA5), (-7.0, 0x5A))  # of floats, of bytes
 
 
@@ -71,7 +72,7 @@ def more_than_32_bits_count(op: str, place: Place, count: int) -> None:
     tensors = call.tensors(place.device)
     with peftk.use(place.implementation):
         results = call.run(count, *tensors)
-    edges = [0, *(power for power in (2**30, 2**31, 2**32) if power < count), count]
+    edges = [0, *(power for power in POWERS if power < count), count]
     for edge in edges:
         first, last = max(edge - EDGE, 0) // EDGE * EDGE, min(edge + EDGE, count)
         window = tuple(t.cpu() for t in call.window(tensors, first, last))
