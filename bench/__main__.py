@@ -87,6 +87,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = [*benches(), SWEEP]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", nargs="*", help="what to time: of --list, or all")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU instead: python -m bench --gpu --help")
     parser.add_argument("--list", action="store_true", help="tell the names and stop")
     parser.add_argument("--static", action="store_true", help="of ops with GPU kernels: compile, gate and count, without a GPU")
     parser.add_argument("--record", action="store_true", help="append to bench/results and rewrite the README's table")
@@ -119,6 +120,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--gpu" in argv:
+        importlib.import_module("bench.gpu.run").main([word for word in argv if word != "--gpu"])
+        return
     chosen = arguments(argv)
     if chosen.list:
         print("\n".join([*benches(), SWEEP]))
@@ -130,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw_sweep(module_of(SWEEP).read(chosen.source), chosen.plot)
         return
     if chosen.isa and isa.forced() != chosen.isa:
-        isa.start_again(chosen.isa, sys.argv[1:] if argv is None else argv)
+        isa.start_again(chosen.isa, argv)
     torch.set_num_threads(chosen.threads)
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # read by an OpenMP runtime that a peer brings and loads later
     if chosen.profile:

@@ -32,9 +32,13 @@ class Limits:
     peak: dict[torch.dtype, float] = field(default_factory=dict)  # multiplying in registers; empty where it can't be built
     no_peak: str = ""  # why it is empty
 
+    def multiplied_as(self, dtype: torch.dtype) -> torch.dtype:
+        """fp16 is multiplied as fp32 on a CPU, where its own rate isn't measured."""
+        return dtype if dtype in self.matmul else torch.float32
+
     def rate(self, dtype: torch.dtype) -> float:
-        """The most operations a second; fp16 is multiplied as fp32."""
-        dtype = torch.float32 if dtype == torch.float16 else dtype
+        """The most operations a second."""
+        dtype = self.multiplied_as(dtype)
         return max(self.matmul[dtype], self.peak.get(dtype, 0.0))
 
     def seconds(self, work: Work) -> float:
@@ -45,9 +49,9 @@ class Limits:
         """Which of the two that is, and how it was measured."""
         if self._memory(work) >= self._arithmetic(work):
             return f"{self.read / 1e9:.1f} GB/s read"
-        dtype = torch.float32 if work.dtype == torch.float16 else work.dtype
-        rate = self.rate(dtype)
-        return f"{rate / 1e9:.0f} GFLOP/s {'by torch.matmul' if rate == self.matmul[dtype] else 'in registers'}"
+        rate = self.rate(work.dtype)
+        by_torch = rate == self.matmul[self.multiplied_as(work.dtype)]
+        return f"{rate / 1e9:.0f} GFLOP/s {'by torch.matmul' if by_torch else 'in registers'}"
 
     def _memory(self, work: Work) -> float:
         return work.read / self.read + work.write / self.write

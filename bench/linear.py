@@ -6,6 +6,7 @@ repacked copy (bf16 inside, whatever x is). torch's int4 rounds W to other value
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ from bench.measure import Candidate, Work, relative_error
 from peftk import NF4Weight
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-ARITHMETIC = {torch.bfloat16: torch.bfloat16, torch.float32: torch.float32, torch.float16: torch.float32}
 RANK, SCALE, SEED = 16, 2.0, 7
 SEPARATE = "peftk, a call for each"
 
@@ -36,6 +36,10 @@ class Layer:
         w4 = peftk.quantize_nf4(torch.randn(n, k).mul_(k**-0.5).bfloat16())
         return cls(w4, peers.dense_linear(w4, dtype))
 
+    def to(self, device: torch.device | str) -> Layer:
+        """The same bytes there."""
+        return Layer(self.w4.to(device), copy.deepcopy(self.dense).to(device))
+
     def in_dtype(self, dtype: torch.dtype) -> Layer:
         return Layer(self.w4, peers.dense_linear(self.w4, dtype))
 
@@ -50,7 +54,7 @@ class Layer:
 def forward_work(x: torch.Tensor, n: int, weight_bytes: int) -> Work:
     """x and W are read, y is written, once each."""
     m, k = x.shape
-    return Work(x.nbytes + weight_bytes, m * n * x.element_size(), 2 * m * n * k, ARITHMETIC[x.dtype])
+    return Work(x.nbytes + weight_bytes, m * n * x.element_size(), 2 * m * n * k, x.dtype)
 
 
 def forward_candidates(
@@ -122,13 +126,18 @@ class Step:
         B = torch.randn(n, RANK).mul_(RANK**-0.5).requires_grad_()
         return cls(torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), A, B, dropout)
 
+    def to(self, device: torch.device | str) -> Step:
+        """The same values there; A and B are leaves."""
+        A, B = (t.detach().to(device).requires_grad_() for t in (self.A, self.B))
+        return Step(self.x.to(device), self.dy.to(device), A, B, self.dropout)
+
     def work(self, weight_bytes: int) -> Work:
         """x, dy, A, B and W are read in both passes, y, dx, dA, dB written."""
         (m, k), n = self.x.shape, self.dy.shape[1]
         adapter = self.A.nbytes + self.B.nbytes
         flop = 4 * m * n * k + 6 * m * RANK * (n + k)
         activations = self.x.nbytes + self.dy.nbytes
-        return Work(activations + 2 * adapter + 2 * weight_bytes, activations + adapter, flop, ARITHMETIC[self.x.dtype])
+        return Work(activations + 2 * adapter + 2 * weight_bytes, activations + adapter, flop, self.x.dtype)
 
     def truth(self, w4: NF4Weight) -> tuple[torch.Tensor, ...]:
         """y, dx, dA, dB in fp64 with W as it is stored."""

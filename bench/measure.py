@@ -57,7 +57,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work and who does it; ours is the first candidate."""
+    """One piece of work and who does it; ours come first."""
 
     name: str
     work: Work  # of one call, of one part
@@ -65,6 +65,7 @@ class Case:
     goals: Goal | Sequence[AnyGoal] = ()
     calls: int = 1  # timed back to back, after one that isn't
     parts: int = 1  # pieces of work that a run does
+    ours: int = 1  # how many of the candidates are; peers are held against the first of them that can run
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def measure_case(case: Case, limits: Limits, rounds: int, budget: float = BUDGET
     present = [c for c in case.candidates if c.run is not None]
     if not present or present[0] is not case.candidates[0]:
         raise ValueError(f"{case.name}: expected our own candidate first and able to run, got {case.candidates[0].note!r}")
-    errors = {c.who: _error(case, c) for c in present}
+    errors = {c.who: error_of(case, c) for c in present}
     threads = torch.get_num_threads()
     try:
         times = interleave(
@@ -131,9 +132,10 @@ class Patience:
 
 
 def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: dict[str, float | None]) -> list[Row]:
-    """The case's rows from the seconds measured, by candidate; ours carries the verdicts."""
-    ours = case.candidates[0].who
+    """The case's rows from the seconds measured, by candidate; ours carries the verdicts. Where none of ours could run, peers
+    have no ratio."""
     medians = {who: statistics.median(seconds) for who, seconds in times.items()}
+    ours = next((c.who for c in case.candidates[: case.ours] if c.who in medians), None)
     rows = []
     for candidate in case.candidates:
         who = candidate.who
@@ -151,7 +153,7 @@ def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: d
             work.flop / p50 / 1e9 if work.flop else None,
             limits.seconds(work) / p50 or None,
             errors.get(who),
-            None if who == ours else p50 / medians[ours],
+            None if ours is None or who == ours else p50 / medians[ours],
             note=candidate.note,
         )
         if who == ours:
@@ -161,8 +163,8 @@ def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: d
     return rows
 
 
-def _error(case: Case, candidate: Candidate) -> float | None:
-    """Run once and hold the result against fp64."""
+def error_of(case: Case, candidate: Candidate) -> float | None:
+    """Run once and hold the result against fp64. RuntimeError names a candidate that fails."""
     try:
         result = candidate.run()
     except Exception as error:

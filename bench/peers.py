@@ -52,16 +52,17 @@ def candidate(
 # ---- bitsandbytes: quantise and dequantise ----------------------------------------------------------------------------------
 
 
-def bnb_quantize_4bit(w: torch.Tensor) -> Run:
-    """-> (packed, QuantState), double quantised, blocks of 64."""
+def bnb_quantize_4bit(w: torch.Tensor, double_quant: bool = True) -> Run:
+    """-> (packed, QuantState), blocks of 64."""
     from bitsandbytes import functional
 
-    return lambda: functional.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return lambda: functional.quantize_4bit(w, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
 
 
 def bnb_as_nf4_weight(packed: torch.Tensor, state: Any) -> NF4Weight:
     """What bitsandbytes quantised, as ours, so that one decoder judges both."""
-    parts = (packed.reshape(-1), state.absmax, state.state2.absmax, state.offset)
+    nested = (state.state2.absmax, state.offset) if state.nested else (None, None)
+    parts = (packed.reshape(-1), state.absmax, *nested)
     return NF4Weight(*parts, state.shape, state.dtype, state.blocksize, state.quant_type)
 
 
@@ -70,7 +71,7 @@ def bnb_weight(w4: NF4Weight) -> Any:
     import bitsandbytes
 
     parts = {key: value.clone() for key, value in w4.state_dict().items()}
-    return bitsandbytes.nn.Params4bit.from_prequantized(parts.pop("weight"), parts, requires_grad=False, device="cpu")
+    return bitsandbytes.nn.Params4bit.from_prequantized(parts.pop("weight"), parts, requires_grad=False, device=w4.device)
 
 
 def bnb_dequantize_4bit(w4: NF4Weight, out: torch.Tensor | None = None) -> Run:

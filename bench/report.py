@@ -22,6 +22,7 @@ from bench.measure import Row
 from peftk.atomic import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PACKAGES = ("peftk", "torch", "bitsandbytes", "peft")
 WHERE = ("date", "commit", "machine", "threads", "isa", *PACKAGES)
@@ -52,7 +53,7 @@ class Provenance:
             machine_name(),
             torch.get_num_threads(),
             isa.forced() or peftk.info().cpu_tier or "reference",
-            {name: _version(name) for name in PACKAGES},
+            {name: version_of(name) for name in PACKAGES},
         )
 
     def cells(self) -> dict[str, str]:
@@ -89,7 +90,8 @@ def _commit() -> str:
         return f"unknown ({type(error).__name__})"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """An installed package's, or that it isn't."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -142,9 +144,7 @@ def _figure(value: float | None, factor: float, form: str) -> str:
 # ---- results/<machine>.csv --------------------------------------------------------------------------------------------------
 
 
-def record(
-    op: str, rows: Sequence[Row], limits: Limits, provenance: Provenance, folder: Path = ROOT / "bench" / "results"
-) -> Path:
+def record(op: str, rows: Sequence[Row], limits: Limits, provenance: Provenance, folder: Path = RESULTS) -> Path:
     """Append the rows to the machine's file; one from before the newest columns gets them, empty. ValueError where the file has
     others."""
     path = folder / f"{provenance.machine}.csv"
@@ -157,13 +157,14 @@ def record(
     return path
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file, oldest first. ValueError where it has other columns."""
+def read(path: Path, known: Sequence[tuple[str, ...]] = (COLUMNS, FIRST_COLUMNS)) -> list[dict[str, str]]:
+    """The rows of a results file, oldest first, with the columns that came first in ``known``, the newest. ValueError where it
+    has columns of none of them."""
     columns = _columns(path)
-    if columns not in (COLUMNS, FIRST_COLUMNS):
-        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(columns)}")
+    if columns not in known:
+        raise ValueError(f"{path}: expected the columns {', '.join(known[0])}, got {', '.join(columns)}")
     with path.open(newline="") as file:
-        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
+        return [dict.fromkeys(known[0], "") | row for row in csv.DictReader(file)]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

@@ -22,8 +22,10 @@ GOAL_FRESH = Goal("bitsandbytes", 1)
 def decode_fp64(w4: peftk.NF4Weight) -> torch.Tensor:
     """W in fp64 arithmetic, without the definition's roundings."""
     device = w4.device
-    scale = w4.absmax_scale.double().repeat_interleave(NESTED_BLOCK)[: w4.absmax.numel()]
-    absmax = values8(True, device).double()[w4.absmax.long()] * scale + w4.absmax_offset.double()
+    absmax = w4.absmax.double()
+    if w4.absmax_scale is not None:
+        scale = w4.absmax_scale.double().repeat_interleave(NESTED_BLOCK)[: w4.absmax.numel()]
+        absmax = values8(True, device).double()[w4.absmax.long()] * scale + w4.absmax_offset.double()
     codes = torch.stack((w4.packed >> 4, w4.packed & 15), -1).view(-1)[: w4.shape.numel()]
     values = values4(w4.quant_type, device).double()[codes.long()]
     return (values * absmax.repeat_interleave(w4.block_size)[: values.numel()]).view(w4.shape)
