@@ -148,11 +148,13 @@ class SharedMemory:
     def note_read(self, s: State, lanes: Lanes, granule: np.ndarray) -> None:
         """The last reader of each granule, or that there are several whom nothing has ordered yet."""
         before = self.read.take(granule)
+        barrier = s.last_barrier if lanes is None else s.last_barrier[lanes]
+        if (((before & SEVERAL) != 0) & (before >= (barrier << TIME))).all():
+            return  # no more can become known
         stamp = self.stamp(s, lanes)
         self.read[granule] = stamp
         now = self.read.take(granule)
         # Unordered earlier readers stay known, and so do the others of this very instruction.
-        barrier = s.last_barrier if lanes is None else s.last_barrier[lanes]
         joined = np.flatnonzero((before >= (barrier << TIME)) | (now != stamp))
         if len(joined):
             lane = joined if lanes is None else lanes[joined]
