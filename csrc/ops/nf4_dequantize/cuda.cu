@@ -89,9 +89,9 @@ __device__ __forceinline__ void decode_tile(const Row* rows, const typename Chun
 template <class T, bool kNested>
 __device__ __forceinline__ void decode_pairs(const Row* rows, const Source& source, float offset, std::int64_t begin,
                                              std::int64_t end, std::int64_t stride, T* out) {
+  const auto value8 = [rows](std::uint8_t code) { return rows[code].value8[0].x; };
   for (std::int64_t pair = begin; pair < end; pair += stride) {
-    const float scale = scale_of<kNested>(source.scales, 2 * pair / source.block_size, offset,
-                                          [&](std::uint8_t code) { return rows[code].value8[0].x; });
+    const float scale = scale_of<kNested>(source.scales, 2 * pair / source.block_size, offset, value8);
     const float2 value = rows[source.packed[pair]].pair[0];
     const std::int64_t at = 2 * pair - source.first;
     if (at >= 0) out[at] = round_to<T>(scaled<true>(value.x, scale));
