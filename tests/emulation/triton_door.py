@@ -13,14 +13,14 @@ import torch
 
 from bench.static import triton_aot
 
-TARGET = 80  # what the emulator knows
 PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}  # Triton's types as struct's
 
 
 class PtxDoor:
     """Stands where gpu.TritonDoor stands. ``reports`` are those of the emulator for the last launches, the newest last."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: int = 80) -> None:
+        self.target = target  # 80 is what the emulator knows; 75 has nothing that it doesn't
         self.compiled: dict[str, tuple[Any, Any, int]] = {}  # by kernel and specialisation: program, metadata, parameters
         self.reports: deque[Any] = deque(maxlen=16)
 
@@ -39,10 +39,10 @@ class PtxDoor:
         """``kernel[grid](*arguments, **options)``. A Fault is raised for any access outside the tensors' own bytes."""
         from emulation.ptx import Memory, Program
 
-        facts = triton_aot.specialisation(kernel, TARGET, arguments, options)
+        facts = triton_aot.specialisation(kernel, self.target, arguments, options)
         key = f"{kernel.cache_key} {facts}"
         if key not in self.compiled:
-            made = triton_aot.compiled(kernel, TARGET, arguments, options)
+            made = triton_aot.compiled(kernel, self.target, arguments, options)
             self.compiled[key] = Program(made.asm["ptx"]), made.metadata, declared(made.asm["ptx"], made.metadata.name)
         program, metadata, count = self.compiled[key]
         parameters = laid_out(facts[0], arguments, count)
