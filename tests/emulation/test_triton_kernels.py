@@ -14,13 +14,12 @@ import peftk
 from bench.static import triton_aot
 from emulation import doors
 from emulation.launches import recorded
+from emulation.ptx import Memory, OutOfBounds, Program
 from emulation.triton_door import PtxDoor, declared, laid_out
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
 
 if why := doors.why_not("triton-ptx"):
     pytest.skip(why, allow_module_level=True)
-
-from emulation.ptx import Memory, OutOfBounds, Program  # noqa: E402
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -125,6 +124,8 @@ def test_unaligned_views():
     assert_both_same(lambda: nf4_dequantize(packed, absmax, None, None, (count,), dtype=torch.float32))
     assert_both_same(lambda: blockwise8_quantize(w, 256))
     assert_both_same(lambda: blockwise8_dequantize(codes, absmax, 64))
+    on_words = torch.arange(4 + count // 2).to(torch.uint8)[4:]  # the path of whole tiles, by 4 bytes instead of 16
+    assert_both_same(lambda: nf4_dequantize(on_words, absmax, None, None, (count,), dtype=torch.bfloat16))
 
 
 def test_no_elements_launch_nothing():

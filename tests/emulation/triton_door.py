@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import struct
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.static import triton_aot
+from emulation.ptx import Memory, Program
 
 PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}  # Triton's types as struct's
 
@@ -26,8 +26,6 @@ class PtxDoor:
 
     def why_not(self) -> str:
         """Why nothing can be emulated here; empty where it can."""
-        if importlib.util.find_spec("emulation.ptx") is None:
-            return "there is no emulation.ptx"
         return triton_aot.why_not()
 
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
@@ -37,8 +35,6 @@ class PtxDoor:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """``kernel[grid](*arguments, **options)``. A Fault is raised for any access outside the tensors' own bytes."""
-        from emulation.ptx import Memory, Program
-
         facts = triton_aot.specialisation(kernel, self.target, arguments, options)
         key = f"{kernel.cache_key} {facts}"
         if key not in self.compiled:
