@@ -76,7 +76,7 @@ def toward(exact: Values, direction: str, dtype: type = np.float32) -> Values:
         return down
     if direction == "rp":
         return up
-    return np.copysign(np.where(exact > 0, down, up), exact)
+    return np.copysign(np.where(exact > 0, down, up), nearest)
 
 
 def signed_zero_sum(result: Values, a: Values, b: Values, direction: str) -> Values:

@@ -149,8 +149,8 @@ def any_logic(d: Decoder) -> Step:
 @instruction("prmt")
 def permute(d: Decoder) -> Step:
     """Four bytes out of b:a; a selector's top bit spreads the byte's sign."""
-    d.kind("b32")
     mode = d.take("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
+    d.kind("b32")
     byte, nibble = U32(0xFF), U32(0xF)
 
     def step(a: Values, b: Values, select: Values) -> Values:

@@ -130,7 +130,7 @@ def quotient(a: Values, b: Values) -> Values:
     rough = np.asarray(a / b)
     error = fma64(-rough, b, a)  # the remainder, exact
     bits = rough.view(np.int64)
-    inexact = (error != 0) & np.isfinite(rough) & ((bits & 1) == 0)
+    inexact = (error != 0) & np.isfinite(rough) & np.isfinite(b) & ((bits & 1) == 0)
     away = ((error > 0) == (b > 0)) == (rough > 0)
     return np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64)
 

@@ -73,7 +73,7 @@ def half_step(d: Decoder, kind: str, exact: Callable[..., Values], operands: int
     def on_bits(*bits: Values) -> Values:
         result = exact(*[bits_to_f64(b, bf, ftz) for b in bits])
         if relu:
-            result = np.where(result < 0, 0.0, result)
+            result = np.where(result <= 0, 0.0, result)
         return f64_to_bits(result, bf, ftz, sat)
 
     as_bits = "b32" if kind.endswith("x2") else "b16"

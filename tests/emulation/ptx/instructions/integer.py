@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..decode import Decoder, Step, Values, instruction
+from ..decode import Decoder, Get, Step, Values, instruction
 from ..memory import Lanes
 from ..state import State
 from ..types import SIZE, WIDER, dtype_of, is_float
@@ -30,8 +30,6 @@ def add(d: Decoder) -> Step:
         return with_carry(d, kind, carry_in=False)
     if d.take("sat"):
         return saturating(d, kind)
-    if kind in ("u16x2", "s16x2"):
-        raise d.unsupported()
     return d.elementwise(np.add if d.name == "add" else np.subtract, kind, kind, kind)
 
 
@@ -45,23 +43,25 @@ def saturating(d: Decoder, kind: str) -> Step:
     )
 
 
-@instruction("addc", "subc")
+@instruction("addc", "subc", "madc")
 def add_with_carry(d: Decoder) -> Step:
-    kind = d.kind("u32", "s32", "b32", "u64", "s64")
+    kind = d.kind("u32", "s32", "u64", "s64")
     return with_carry(d, kind, carry_in=True)
 
 
 def with_carry(d: Decoder, kind: str, carry_in: bool) -> Step:
     """The carry flag, which subtractions use as a borrow, lives in the state; .cc sets it."""
     sets = bool(d.take("cc")) or not carry_in
-    d.arity(3)
+    fused = d.name.startswith("mad")
+    d.arity(4 if fused else 3)
     bits = f"u{8 * SIZE[kind]}"
-    a, b, put = d.source(1, bits), d.source(2, bits), d.target(0, bits)
+    first = product_part(d, kind) if fused else d.source(1, bits)
+    last, put = d.source(3 if fused else 2, bits), d.target(0, bits)
     subtract = d.name.startswith("sub")
     dtype = dtype_of(bits)
 
     def step(s: State, lanes: Lanes) -> None:
-        x, y = a(s, lanes), b(s, lanes)
+        x, y = first(s, lanes), last(s, lanes)
         where = ... if lanes is None else lanes
         carry = s.carry[where].astype(dtype) if carry_in else dtype.type(0)
         partial = x - y if subtract else x + y
@@ -73,6 +73,14 @@ def with_carry(d: Decoder, kind: str, carry_in: bool) -> Step:
     return step
 
 
+def product_part(d: Decoder, kind: str) -> Get:
+    """The half of operand 1 times operand 2 that the statement names, as unsigned bits."""
+    half_of = np.multiply if d.need("lo", "hi") == "lo" else high_half(kind)
+    a, b = d.source(1, kind), d.source(2, kind)
+    unsigned = dtype_of(f"u{8 * SIZE[kind]}")
+    return lambda s, lanes: half_of(a(s, lanes), b(s, lanes)).view(unsigned)
+
+
 @instruction("mul", "mad")
 def multiply(d: Decoder) -> Step:
     fused = d.name == "mad"
@@ -81,9 +89,9 @@ def multiply(d: Decoder) -> Step:
             return half.half_binary(d, kind, "mul")
         return floating.floating_fma(d, kind) if fused else floating.floating_multiply(d, kind)
     kind = d.kind("u16", "s16", "u32", "s32", "u64", "s64")
+    if fused and d.take("cc"):
+        return with_carry(d, kind, carry_in=False)
     part = d.need("lo", "hi", "wide")
-    if d.take("cc"):
-        raise d.unsupported()
     if part == "lo" and not fused:
         return d.elementwise(np.multiply, kind, kind, kind)
     if part == "lo":

@@ -10,11 +10,11 @@ from ..decode import LOCAL_WINDOW, SHARED_WINDOW, Decoder, Get, Step, Values, in
 from ..faults import Misaligned, OutOfBounds
 from ..memory import Lanes, lane_of
 from ..state import State
-from ..syntax import Address, Register, Symbol
+from ..syntax import Address, Symbol
 from ..types import SIZE, UNSIGNED, dtype_of
 
 SPACES = ("global", "shared", "shared:cta", "local", "const", "param")
-ORDER = ("volatile", "relaxed", "acquire", "release", "weak", "mmio")
+ORDER = ("volatile", "relaxed", "acquire", "release", "acq_rel", "weak")
 SCOPE = ("cta", "cluster", "gpu", "sys")
 CACHE = (
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt",
@@ -198,8 +198,3 @@ def store_generic(s: State, lanes: Lanes, address: np.ndarray, values: Values, s
             s.shared.store(s, numbers, place, values[here], size)
         else:
             store_local(s, numbers, place, values[here], size)
-
-
-def is_register(operand: object) -> bool:
-    """Whether an optional operand is a 64-bit cache policy rather than a size."""
-    return isinstance(operand, Register) and operand.size == 8
