@@ -101,9 +101,12 @@ def version_of(package: str) -> str:
 # ---- terminal ---------------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows of an op as text, a block a case."""
-    header = ("", "p50 ms", "p90 ms", "extra MB", "GB/s", "GFLOP/s", "of limit", "error", "peftk is", "")
+UNITS = {"ms": (1e3, "{:.3f}"), "us": (1e6, "{:.2f}")}  # per second, and how they are written
+
+
+def table(rows: Iterable[Row], unit: str = "ms") -> str:
+    """The rows of an op as text, a block a case; times in a unit of UNITS."""
+    header = ("", f"p50 {unit}", f"p90 {unit}", "extra MB", "GB/s", "GFLOP/s", "of limit", "error", "peftk is", "")
     lines: list[Sequence[str]] = []
     case = None
     for row in rows:
@@ -113,8 +116,8 @@ def table(rows: Iterable[Row]) -> str:
         lines.append(
             (
                 f"  {row.who}",
-                _figure(row.p50, 1e3, "{:.3f}"),
-                _figure(row.p90, 1e3, "{:.3f}"),
+                _figure(row.p50, *UNITS[unit]),
+                _figure(row.p90, *UNITS[unit]),
                 _figure(row.extra, 1e-6, "{:.1f}"),
                 _figure(row.gb_s, 1, "{:.1f}"),
                 _figure(row.gflop_s, 1, "{:.0f}"),

@@ -19,6 +19,7 @@ FACTS = {
     "power_cap_w": "power.limit",
     "max_sm_clock_mhz": "clocks.max.sm",
 }  # column: nvidia-smi's name
+LEAST_FLUSH = 2**26  # bytes, should a driver tell no L2
 READINGS = 3  # of the SM clock, while a case's work runs
 
 
@@ -66,7 +67,8 @@ class Gpu:
         self.isa = f"sm_{properties.major}{properties.minor}"
         self.l2 = properties.L2_cache_size
         self._smi = NvidiaSmi(f"GPU-{properties.uuid}")
-        self._written, self._read = (torch.zeros(2 * self.l2 // 4 + 1, device=self.place) for _ in range(2))
+        count = max(2 * self.l2, LEAST_FLUSH) // 4
+        self._written, self._read = (torch.zeros(count, device=self.place) for _ in range(2))
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)

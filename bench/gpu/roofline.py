@@ -79,5 +79,5 @@ def roofline_panel(axes: Any, limits: Line, xs: Sequence[float]) -> None:
         peak = float(limits[column])
         corner = peak / slope
         ends = sorted({min(*xs, corner) / 2, corner, max(*xs, corner) * 2})
-        axes.plot(ends, [min(slope * x, peak) for x in ends], color="black", linestyle=style, label=f"{name} {peak:.4g} GFLOP/s")
+        axes.plot(ends, [min(slope * x, peak) for x in ends], color="black", linestyle=style, label=f"{name} {peak:.0f} GFLOP/s")
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s", title="products")

@@ -93,5 +93,5 @@ def bench(op: str, device: Device, limits: GpuLimits, rounds: int) -> list[Measu
     done = []
     for case in CASES[op](device):
         done.append(measure_case(case, device, limits, rounds))
-        print(tables.table(done[-1].rows), end="\n\n", flush=True)
+        print(tables.table(done[-1].rows, "us"), end="\n\n", flush=True)
     return done

@@ -20,8 +20,10 @@ from bench.gpu.device import NoGpu, why_no_gpu
 from bench.gpu.limits import GpuLimits
 from bench.gpu.measure import Measured
 from bench.measure import Row, error_of
+from peftk.native import why_not_native
 from peftk.ops import gpu
 
+pytestmark = pytest.mark.skipif(bool(why_not_native()), reason=why_not_native() or "native")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ((128, 64), (96, 128))
 LIMITS = GpuLimits(10e9, 5e9, 8e9, {torch.bfloat16: 100e9, torch.float16: 90e9, torch.float32: 50e9}, launch=5e-6)
@@ -122,6 +124,7 @@ def test_everything_is_measured_recorded_and_drawn(
         assert row["p50_ms"] == row["p90_ms"] == ("0.05" if " calls " in row["case"] else "1")  # 1 ms between events
         assert row["rounds"] == "8" and float(row["error"]) < 0.1 and float(row["spread"]) < 1e-6
     assert all(row["note"] and row["p50_ms"] == row["spread"] == row["error"] == "" for row in absent)
+    assert "p50 us" in printed and re.search(r"^  peftk cpu +1000\.00 +1000\.00 ", printed, re.MULTILINE)
     picture = tmp_path / "plot" / "roofline-fake-gpu.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n") and f"drawn: {picture}" in printed
     assert [path.name for path in (tmp_path / "plot").iterdir()] == [picture.name]

@@ -15,7 +15,9 @@ import torch
 from gpu import bodies, calls, sanitized
 from gpu.calls import CPU, REFERENCE, TYPICAL
 from gpu.fake import FakeGpu
+from peftk.native import why_not_native
 
+pytestmark = pytest.mark.skipif(bool(why_not_native()), reason=why_not_native() or "native")
 EVERY_OP = pytest.mark.parametrize("op", list(TYPICAL))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpu.calls import CPU, GPU, TYPICAL, Place
+from peftk.native import why_not_native
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -49,6 +50,7 @@ def test_sanitizer_finds_nothing(op: str, tool: str):
 # ---- without a GPU: the script, and what is made of a sanitizer's answer -----------------------------------------------------
 
 
+@pytest.mark.skipif(bool(why_not_native()), reason=why_not_native() or "native")
 @pytest.mark.parametrize("op", list(TYPICAL))
 def test_the_script_runs_to_its_end(op: str):
     watched([], op, CPU)
