@@ -16,6 +16,7 @@ from typing import NamedTuple
 from bench.static.sass import Instruction, Kernel
 
 WIDE = 16  # bytes of a 128-bit access
+CALL = 1000  # instructions: what a function is taken for, so that rare cases (a reciprocal's subnormals) aren't the main path
 REGIONS = ("path", "once", "loop")
 _LABEL = re.compile(r"\(([^()\s]+)\)|(\.L_x_\d+)")  # `(.L_x_3), and BRX's list of targets
 
@@ -46,10 +47,20 @@ class Counted:
     loops: int  # loops that the path enters, each counted once
 
     @property
+    def global_bytes(self) -> int:
+        """To and from global memory."""
+        return sum(i.global_bytes for i in self.every)
+
+    @property
     def wide_share(self) -> float | None:
         """Of the bytes to and from global memory, those by accesses of 128 bits or more; None without any access."""
-        total = sum(i.global_bytes for i in self.every)
-        return sum(i.global_bytes for i in self.every if i.global_bytes >= WIDE) / total if total else None
+        wide = sum(i.global_bytes for i in self.every if i.global_bytes >= WIDE)
+        return wide / self.global_bytes if self.global_bytes else None
+
+    @property
+    def calls(self) -> int:
+        """To functions, whose instructions aren't counted."""
+        return sum(map(_calls, self.every))
 
     @property
     def mma(self) -> str:
@@ -118,23 +129,33 @@ def _targets(instruction: Instruction, labels: dict[str, int]) -> list[int]:
     return [labels[name] for name in names if name in labels]
 
 
+def _leaves(instruction: Instruction) -> bool:
+    """Whether it is a CALL to a label, ptxas' way out of some loops. Calls proper have names."""
+    return instruction.base == "CALL" and ".L_x_" in instruction.operands
+
+
 def _successors(instruction: Instruction, labels: dict[str, int], rejoin: dict[str, set[int]]) -> tuple[int, ...]:
     following = instruction.address + 16
     always = instruction.guard in ("", "PT", "UPT")
     if instruction.base in ("EXIT", "RET", "KILL"):
         return () if always else (following,)
-    leaves = instruction.base == "CALL" and ".L_x_" in instruction.operands  # nvcc's way out of a loop; calls proper have names
-    if leaves or instruction.base in ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU"):
+    if _leaves(instruction) or instruction.base in ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU"):
         targets = _targets(instruction, labels)
         if not targets:
             raise ValueError(f"{instruction.opcode} at {instruction.address:#x}: no target that is known")
-        # `BRA P1, (…)` and BRA.DIV go on with the next one as well.
+        if "DIV" in instruction.parts:  # a warp that isn't whole, before a shuffle: no thread of a full tile
+            return (following,)
+        # `BRA P1, (…)` goes on with the next one as well.
         plain = instruction.base != "BRA" or instruction.operands.startswith(("`", "("))
         return tuple(dict.fromkeys(targets if always and plain else [*targets, following]))
     if instruction.base == "BSYNC":
         points = rejoin.get(instruction.operands.strip(), set())
         return (following,) if following in points or not points else tuple(sorted(points))
     return (following,)
+
+
+def _calls(instruction: Instruction) -> bool:
+    return instruction.base == "CALL" and not _leaves(instruction)
 
 
 # ---- loops ------------------------------------------------------------------------------------------------------------------
@@ -198,7 +219,8 @@ def _weight(instructions: Sequence[Instruction], least: int, in_loop: bool) -> W
     total = sum(i.global_bytes for i in instructions)
     wide = sum(i.global_bytes for i in instructions if i.global_bytes >= least)
     mma = sum(i.is_mma for i in instructions)
-    return Weight(mma, wide, 0 if in_loop else total - wide, -sum(i.base != "NOP" for i in instructions))
+    issued = sum(CALL if _calls(i) else i.base != "NOP" for i in instructions)
+    return Weight(mma, wide, 0 if in_loop else total - wide, -issued)
 
 
 def _least_bytes(blocks: dict[int, Block]) -> int:

@@ -50,13 +50,12 @@ def test_who_runs_what():
 
 @needs_bitsandbytes
 def test_its_kernels_for_ampere():
-    """Its fused products as its sources, compiled and counted by hand, have them: 7.9, 16.9 and 10.8 instructions a weight, which
-    count ways not taken as well."""
+    """Its fused products as its sources have them, compiled and counted by hand: 7.9, 16.9 and 10.8 instructions a weight."""
     rows = {row.kernel: row for row in peers.rows(["nf4_linear", "nf4_dequantize"], "sm_80")}
-    assert rows["gemm_4bit_simt<__nv_bfloat16, 1>"].per_element == pytest.approx(7.9, abs=0.3)
+    assert rows["gemm_4bit_simt<__nv_bfloat16, 1>"].per_element == pytest.approx(7.9, abs=0.5)
     assert rows["gemm_4bit_simt<__nv_bfloat16, 4>"].per_element == pytest.approx(16.9, abs=0.5)
     product = rows["gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 128, 128, 64>"]
-    assert product.per_element == pytest.approx(10.6, abs=0.5) and product.mma == "64 HMMA" and product.threads == 256
+    assert product.per_element == pytest.approx(10.8, abs=0.2) and product.mma == "64 HMMA" and product.threads == 256
     assert rows["kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>"].wide == 0
 
 

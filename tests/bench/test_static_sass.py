@@ -83,6 +83,7 @@ def test_a_loop_that_is_tested_at_its_top():
 def test_a_call_to_a_label_leaves_the_loop():
     kernel = made("LDG.E", "@P0 CALL.REL.NOINC `(.L_x_1)", "BRA `(.L_x_0)", "EXIT", x0=0, x1=3)
     assert opcodes(kernel, "once") == ["LDG.E", "CALL.REL.NOINC", "EXIT"]
+    assert flow.counted(kernel, "once").calls == 0
 
 
 def test_a_call_to_a_function_comes_back():
@@ -90,6 +91,14 @@ def test_a_call_to_a_function_comes_back():
         "LDG.E", "CALL.REL.NOINC `($__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath)", "STG.E", "EXIT", "RET.REL.NODEC R2"
     )
     assert opcodes(kernel, "path") == ["LDG.E", "CALL.REL.NOINC", "STG.E", "EXIT"]
+    assert flow.counted(kernel, "path").calls == 1
+
+
+def test_divergent_warps_are_not_counted():
+    """BRA.DIV leads to shuffles one by one, which look shorter where they are calls."""
+    whole, aside = ("FADD", "SHFL.IDX PT, R0", "LDG.E", "EXIT"), ("CALL.REL.NOINC `($shuffle)", "BRA `(.L_x_1)")
+    kernel = made("BRA.DIV ~URZ, `(.L_x_0)", *whole, *aside, x0=5, x1=3)
+    assert opcodes(kernel, "path") == ["BRA.DIV", *("FADD", "SHFL.IDX", "LDG.E", "EXIT")]
 
 
 def test_threads_meet_where_the_barrier_says():
