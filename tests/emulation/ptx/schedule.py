@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decode import Action, Barrier, Branch, Collective, Exit, Program
+from .decode import Action, Barrier, Branch, Collective, Exit, Code
 from .faults import Deadlock, Fault
 from .memory import Lanes
 from .state import State, warp_bits
@@ -17,11 +17,11 @@ PATIENCE = 20_000  # loops that the hindmost group may make while others could r
 class Scheduler:
     """Runs one batch to its end. ``executed`` counts lanes by statement."""
 
-    def __init__(self, program: Program, s: State, executed: list[int]):
-        self.program, self.s, self.executed = program, s, executed
-        self.steps = [*program.steps, Exit()]
-        self.actions = [*program.actions, self.steps[-1]]
-        self.guards = [*program.guards, None]
+    def __init__(self, code: Code, s: State, executed: list[int]):
+        self.code, self.s, self.executed = code, s, executed
+        self.steps = [*code.steps, Exit()]
+        self.actions = [*code.actions, self.steps[-1]]
+        self.guards = [*code.guards, None]
         self.runnable: dict[int, Lanes] = {}
         self.parked: dict[int, np.ndarray] = {}  # at a collective whose mask isn't complete
         self.barrier = np.zeros(s.lanes, np.int32)  # 1 + the number of the barrier that a lane waits at
@@ -46,10 +46,10 @@ class Scheduler:
             raise self.located(fault) from None
 
     def located(self, fault: Fault) -> Fault:
-        statements = self.program.entry.statements
+        statements = self.code.entry.statements
         statement = statements[min(self.pc, len(statements) - 1)]
         block, thread = self.s.place(fault.lane) if fault.lane is not None else (None, None)
-        return fault.locate(self.program.entry.name, statement.text, statement.line, block, thread)
+        return fault.locate(self.code.entry.name, statement.text, statement.line, block, thread)
 
     def add(self, pc: int, lanes: Lanes) -> None:
         """Lanes that go on at a statement, together with those already there."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .types import DTYPE, SIZE, VIEW, dtype_of, is_float
+from .types import DTYPE, SIZE, dtype_of, is_float
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,3 @@ class Module:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     variables: dict[str, Variable] = field(default_factory=dict)
-
-
-def view_of(kind: str) -> str:
-    """The register view that holds a PTX type."""
-    return VIEW[kind]
