@@ -293,6 +293,11 @@ def test_launches_that_no_gpu_takes():
         program.run("k", (1, 1, 1), (1, 1, 1), 0, [bytes(4)], memory)
     with pytest.raises(ValueError, match="at most 1024"):
         program.run("k", (1, 1, 1), (2048, 1, 1), 0, [bytes(8)], memory)
+    bound = Program(f"{HEAD}.visible .entry k()\n.maxntid 64, 2, 1\n{{ ret; }}\n.visible .entry w()\n.reqntid 128\n{{ ret; }}")
+    with pytest.raises(ValueError, match="at most 128"):
+        bound.run("k", (1, 1, 1), (129, 1, 1), 0, [], memory)
+    with pytest.raises(ValueError, match=r"\(64, 1, 1\) came, w was compiled for \(128, 1, 1\)"):
+        bound.run("w", (1, 1, 1), (64, 1, 1), 0, [], memory)
 
 
 def test_the_nearest_range_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
@@ -61,9 +62,14 @@ class Program:
         """
         if entry not in self.entries:
             raise ValueError(f"entry: {entry!r} came, the module has {', '.join(self.entries)}")
-        if min(*grid, *block) < 1 or block[0] * block[1] * block[2] > 1024:
-            raise ValueError(f"grid {grid}, block {block}: every extent must be positive, a block has at most 1024 threads")
         code = self.entries[entry]
+        most, required = code.entry.most_threads, code.entry.required_block
+        if min(*grid, *block) < 1 or prod(block) > most:
+            raise ValueError(
+                f"grid {grid}, block {block}: every extent must be positive, a block of {entry} has at most {most} threads"
+            )
+        if required and tuple(block) != required:
+            raise ValueError(f"block: {block} came, {entry} was compiled for {required}")
         raw = self._parameters(entry, parameters)
         space = AddressSpace([*memory.ranges, *self.ranges, Range(raw.ctypes.data, len(raw), "parameters", False)])
         seen = Traffic() if traffic else None

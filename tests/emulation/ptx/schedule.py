@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decode import Action, Barrier, Branch, Collective, Exit, Code
+from .decode import Action, Barrier, Branch, Code, Collective, Exit
 from .faults import Deadlock, Fault
 from .memory import Lanes
 from .state import State, warp_bits
 
 END = 1 << 60  # behind every statement
+ENDLESS = 3_000_000  # backward jumps of a batch, minutes of them
 PATIENCE = 20_000  # loops that the hindmost group may make while others could run
 
 
@@ -28,7 +29,7 @@ class Scheduler:
         self.waits_at = np.zeros(s.lanes, np.int64)  # the statement
         self.wanted = np.zeros(s.lanes, np.int64)  # threads that the barrier waits for
         self.waiting = 0
-        self.loops = 0
+        self.loops = self.all_loops = 0
         self.pc = 0
 
     def run(self) -> None:
@@ -121,7 +122,11 @@ class Scheduler:
     def branch(self, branch: Branch, lanes: Lanes, together: bool) -> bool:
         if branch.index is None:
             target = branch.targets[0]
-            self.loops += target <= self.pc
+            if target <= self.pc:
+                self.loops += 1
+                self.all_loops += 1
+                if self.all_loops > ENDLESS:
+                    raise Deadlock(f"a loop that doesn't end: {ENDLESS} jumps back", int(self.s.numbers(lanes)[0]))
             if together and not (self.loops > PATIENCE and self.runnable):
                 self.pc = target
                 return True

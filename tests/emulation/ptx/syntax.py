@@ -156,6 +156,8 @@ class Entry:
     shared_bytes: int = 0
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
+    required_block: tuple[int, ...] = ()  # .reqntid
+    most_threads: int = 1024  # .maxntid
 
     def place(self, variable: Variable) -> None:
         """The next free offset in the variable's space."""
