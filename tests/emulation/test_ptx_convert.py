@@ -55,6 +55,10 @@ def floats(kind: str) -> list[int]:
     ):
         bits = f.round(Fraction(magnitude))
         found += [f.signed(b, negative) for b in (bits - 1, bits, bits + 1) for negative in (False, True)]
+    for dropped in (13, 16, 29, 42):  # ties of narrower types, even and odd, and their neighbours
+        if dropped < f.fraction:
+            wholes = [f.round(Fraction(generator.randint(1, 2**20), 2**12)) >> dropped for _ in range(40)]
+            found += [(whole << dropped) + (1 << dropped - 1) + n for whole in wholes for n in (-1, 0, 1)]
     return found
 
 

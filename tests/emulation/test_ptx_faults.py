@@ -127,6 +127,14 @@ def test_one_writer_a_byte_is_checked_on_demand():
         run(program(), "two_writers", (1, 1, 1), (128, 1, 1), [x, y], one_writer=True)
 
 
+def test_one_writer_a_byte_from_batch_to_batch():
+    x, y = np.arange(32768, dtype=np.int32), np.zeros(16384, np.int32)
+    run(program(), "far_apart", (128, 1, 1), (128, 1, 1), [x, y], one_writer=True)
+    with pytest.raises(Race) as caught:
+        run(program(), "far_apart", (256, 1, 1), (128, 1, 1), [x, y], one_writer=True)
+    assert caught.value.block == (128, 0, 0)
+
+
 def test_one_writer_a_byte_from_block_to_block():
     """Both blocks of a launch write y, from different x."""
     x, y = np.arange(256, dtype=np.int32), np.zeros(128, np.int32)

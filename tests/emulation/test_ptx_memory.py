@@ -273,6 +273,16 @@ def test_what_isnt_known_is_refused_at_once(body: str, why: str):
     assert caught.value.line == 6 and body.split()[0] in caught.value.instruction
 
 
+def test_scopes_of_inline_assembly_have_names_of_their_own():
+    """Registers of one name in three scopes, and a loop in each inner one with a label of one name."""
+    y = np.zeros(32, np.uint32)
+    inner = "{{ .reg .b32 t; .reg .pred again; mov.u32 t, {0};"
+    inner += "LOOP: sub.u32 t, t, 1; add.u32 %r3, %r3, {1}; setp.ne.u32 again, t, 0; @again bra LOOP; }}"
+    body = ".reg .b32 t; mov.u32 t, 1000; mov.u32 %r3, 0;" + inner.format(3, 10) + inner.format(2, 1)
+    launch(body + "add.u32 %r3, %r3, t; mad.wide.u32 %rd3, %r1, 4, %rd1; st.global.u32 [%rd3], %r3;", y)
+    assert (y == 1032).all()
+
+
 def test_launches_that_no_gpu_takes():
     program, memory = kernel("", 1), Memory()
     with pytest.raises(ValueError, match="'other' came, the module has k"):
@@ -283,6 +293,11 @@ def test_launches_that_no_gpu_takes():
         program.run("k", (1, 1, 1), (1, 1, 1), 0, [bytes(4)], memory)
     with pytest.raises(ValueError, match="at most 1024"):
         program.run("k", (1, 1, 1), (2048, 1, 1), 0, [bytes(8)], memory)
+    bound = Program(f"{HEAD}.visible .entry k()\n.maxntid 64, 2, 1\n{{ ret; }}\n.visible .entry w()\n.reqntid 128\n{{ ret; }}")
+    with pytest.raises(ValueError, match="at most 128"):
+        bound.run("k", (1, 1, 1), (129, 1, 1), 0, [], memory)
+    with pytest.raises(ValueError, match=r"\(64, 1, 1\) came, w was compiled for \(128, 1, 1\)"):
+        bound.run("w", (1, 1, 1), (64, 1, 1), 0, [], memory)
 
 
 def test_the_nearest_range_is_named():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emulation.one_instruction import run
-from emulation.ptx import Deadlock, Race
+from emulation.ptx import Deadlock, Race, schedule
 from emulation.test_ptx_memory import kernel, launch
 
 RNG = np.random.default_rng(0)
@@ -124,6 +124,12 @@ def test_a_barrier_orders_nothing_for_those_who_did_not_wait():
             f"READ: xor.b32 %r7, %r1, 64; mad.lo.u32 %r6, %r7, 4, %r5; ld.shared.u32 %r3, [%r6]; END: {OUT}",
             np.arange(128, dtype=np.uint32), np.zeros(128, np.uint32), threads=128,
         )  # fmt: skip
+
+
+def test_a_loop_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(schedule, "ENDLESS", 1000)
+    with pytest.raises(Deadlock, match="a loop that doesn't end"):
+        launch("LOOP: bra LOOP;", np.zeros(1, np.uint32))
 
 
 def test_blocks_beyond_one_batch_and_three_dimensions():

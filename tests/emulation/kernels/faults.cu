@@ -98,3 +98,8 @@ extern "C" __global__ void traps(const int* x, int* y) {
 extern "C" __global__ void two_writers(const int* x, int* y) { y[threadIdx.x / 2] = x[threadIdx.x]; }
 extern "C" __global__ void two_writers_of_one_value(const int* x, int* y) { y[threadIdx.x / 2] = x[threadIdx.x / 2]; }
 extern "C" __global__ void blocks_meet(const int* x, int* y) { y[threadIdx.x] = x[blockIdx.x * blockDim.x + threadIdx.x]; }
+// Thread i and thread i + 16384 write one place: with 128 threads a block, they never run in one batch of the emulator.
+extern "C" __global__ void far_apart(const int* x, int* y) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  y[i % 16384] = x[i];
+}

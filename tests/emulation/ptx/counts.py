@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .decode import Program
+from .decode import Code
 from .memory import Lanes
 
 SECTOR = 5  # log2 of the bytes that memory moves at least
@@ -72,12 +72,12 @@ class Report:
         moved = {key: count * key[2] for key, count in self.accesses.items() if key[:2] == (space, direction)}
         return sum(n for key, n in moved.items() if key[2] == 16) / max(1, sum(moved.values()))
 
-    def add(self, program: Program, executed: list[int]) -> None:
+    def add(self, code: Code, executed: list[int]) -> None:
         """Counts of lanes by statement."""
-        for statement, count in zip(program.entry.statements, executed, strict=False):
+        for statement, count in zip(code.entry.statements, executed, strict=False):
             if count:
                 self.instructions[statement.opcode] += count
-        for index, accesses in program.accesses.items():
+        for index, accesses in code.accesses.items():
             for access in accesses:
                 self._move(access.space, "load", access.loads, executed[index], self.bytes_loaded)
                 self._move(access.space, "store", access.stores, executed[index], self.bytes_stored)

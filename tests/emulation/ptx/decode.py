@@ -11,7 +11,7 @@ import numpy as np
 from .faults import Unsupported
 from .memory import Lanes
 from .state import State
-from .syntax import Address, Entry, Immediate, Module, Not, Operand, Pair, Register, Sink, Special, Statement, Symbol, Vector
+from .syntax import Address, Entry, Immediate, Not, Operand, Pair, Register, Sink, Special, Statement, Symbol, Vector
 from .types import SIZE, VIEW, dtype_of, is_float
 
 Values = Any  # a numpy array of the active lanes, or a numpy scalar that holds for all of them
@@ -82,7 +82,7 @@ Action = Branch | Exit | Barrier | Collective
 
 
 @dataclass
-class Program:
+class Code:
     """An entry, decoded: steps and actions by statement; ``slots`` are the register views that the steps use."""
 
     entry: Entry
@@ -104,11 +104,11 @@ class Program:
         return self.numbers[key]
 
 
-def decode(entry: Entry, module: Module, symbols: dict[str, int]) -> Program:
+def decode(entry: Entry, symbols: dict[str, int]) -> Code:
     """Every statement of an entry; Unsupported for the first that isn't known."""
-    program = Program(entry, symbols)
+    code = Code(entry, symbols)
     for statement in entry.statements:
-        decoder = Decoder(program, statement)
+        decoder = Decoder(code, statement)
         make = DECODERS.get(decoder.name)
         if make is None:
             raise decoder.unsupported()
@@ -117,17 +117,17 @@ def decode(entry: Entry, module: Module, symbols: dict[str, int]) -> Program:
         if isinstance(step, Branch):
             step.targets = tuple(decoder.label(label) for label in step.labels)
         guard = statement.guard
-        program.steps.append(step)
-        program.actions.append(step if isinstance(step, Action) else None)
-        program.guards.append((program.slot("pred", guard.register), guard.negated) if guard else None)
-    return program
+        code.steps.append(step)
+        code.actions.append(step if isinstance(step, Action) else None)
+        code.guards.append((code.slot("pred", guard.register), guard.negated) if guard else None)
+    return code
 
 
 class Decoder:
     """One statement while it is decoded. Modifiers are taken one by one; what is left over isn't known."""
 
-    def __init__(self, program: Program, statement: Statement):
-        self.program, self.statement = program, statement
+    def __init__(self, code: Code, statement: Statement):
+        self.code, self.statement = code, statement
         self.name, *self.modifiers = [part for part in statement.opcode.replace("::", ":").split(".") if part]
         self.operands = statement.operands
 
@@ -169,18 +169,18 @@ class Decoder:
 
     def label(self, name: str) -> int:
         """The statement behind a label."""
-        if name not in self.program.entry.labels:
+        if name not in self.code.entry.labels:
             raise self.unsupported(f"no such label as {name}")
-        return self.program.entry.labels[name]
+        return self.code.entry.labels[name]
 
     def moves(self, space: str, loads: int = 0, stores: int = 0) -> None:
         """Notes for the counts what one thread moves, and for shared memory's checks how small its pieces are."""
-        index = len(self.program.steps)
-        self.program.accesses.setdefault(index, []).append(Access(space, loads, stores))
+        index = len(self.code.steps)
+        self.code.accesses.setdefault(index, []).append(Access(space, loads, stores))
 
     def watches_shared(self, size: int) -> None:
         """Shared memory may be accessed in pieces of this size."""
-        self.program.shared_granule = min(self.program.shared_granule, size)
+        self.code.shared_granule = min(self.code.shared_granule, size)
 
     def constant(self, position: int) -> int:
         """An operand that has to be a number."""
@@ -199,8 +199,8 @@ class Decoder:
             return lambda s, lanes: ~inner(s, lanes)
         if isinstance(operand, Special):
             return self.special(operand.name, kind)
-        if isinstance(operand, Symbol) and operand.name in self.program.entry.parameters:
-            offset = self.program.entry.parameters[operand.name][0]
+        if isinstance(operand, Symbol) and operand.name in self.code.entry.parameters:
+            offset = self.code.entry.parameters[operand.name][0]
             return lambda s, lanes: np.uint64(s.launch.parameters.ctypes.data + offset)
         if isinstance(operand, Symbol):
             return constant(dtype_of(kind).type(self.symbol(operand.name)))
@@ -214,7 +214,7 @@ class Decoder:
             raise self.unsupported(f"{operand.name} is too narrow for .{kind}")
         if kind != "pred" and operand.size > SIZE[kind]:
             return self.narrowed(operand, kind)
-        slot = self.program.slot(kind, operand)
+        slot = self.code.slot(kind, operand)
 
         def get(s: State, lanes: Lanes) -> Values:
             row = s.slots[slot]
@@ -223,7 +223,7 @@ class Decoder:
         return get
 
     def narrowed(self, register: Register, kind: str) -> Get:
-        slot = self.program.slot(f"u{8 * register.size}", register)
+        slot = self.code.slot(f"u{8 * register.size}", register)
         bits, dtype = np.dtype(f"u{SIZE[kind]}"), dtype_of(kind)
 
         def get(s: State, lanes: Lanes) -> Values:
@@ -248,7 +248,7 @@ class Decoder:
 
     def symbol(self, name: str) -> int:
         """The address of a variable in its own space."""
-        for names in (self.program.entry.shared, self.program.entry.local, self.program.symbols):
+        for names in (self.code.entry.shared, self.code.entry.local, self.code.symbols):
             if name in names:
                 return names[name]
         raise self.unsupported(f"no such variable as {name}")
@@ -286,12 +286,12 @@ class Decoder:
         if not isinstance(operand, Register) or (operand.kind == "pred") != (kind == "pred"):
             raise self.unsupported(f"destination {operand}")
         if kind == "pred" or operand.size == SIZE[kind]:
-            return self.program.slot(kind, operand)
+            return self.code.slot(kind, operand)
         if operand.size < SIZE[kind]:
             raise self.unsupported(f"{operand.name} is too narrow for .{kind}")
         if is_float(kind) and kind != "bf16":
             raise self.unsupported(f"a .{kind} in {operand.name}")
-        return self.program.slot(f"{'s' if kind[0] == 's' else 'u'}{8 * operand.size}", operand)
+        return self.code.slot(f"{'s' if kind[0] == 's' else 'u'}{8 * operand.size}", operand)
 
     def unpacked(self, vector: Vector, kind: str) -> Put:
         width = 8 * SIZE[kind] // len(vector.items)

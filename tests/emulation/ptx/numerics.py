@@ -96,15 +96,12 @@ def bf16_to_f32(bits: Values) -> Values:
 
 
 def f32_to_bf16(x: Values, direction: str = "rn") -> Values:
-    """fp32 to bits of bf16; NaN becomes 0x7fff."""
+    """fp32 to bits of bf16, to the nearest (rn) or toward zero (rz); NaN becomes 0x7fff."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     if direction == "rn":
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    elif direction == "rz":
-        rounded = bits >> np.uint32(16)
     else:
-        up = (bits & np.uint32(0xFFFF) != 0) & ((bits >> np.uint32(31) == 0) == (direction == "rp"))
-        rounded = (bits >> np.uint32(16)) + up
+        rounded = bits >> np.uint32(16)
     return np.where(np.isnan(x), QUIET_NAN16, rounded.astype(np.uint16))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from math import prod
 
 from .faults import Unsupported
 from .syntax import (
@@ -108,6 +109,11 @@ class Parser:
             raise Unsupported(head, line, "calls are not supported; inline it")
         self.at = found.end()
         entry = Entry(found[1])
+        for word, numbers in re.findall(r"\.(reqntid|maxntid)\s+([\d\s,]+)", found[3]):
+            extents = tuple(int(n) for n in numbers.split(","))
+            entry.most_threads = prod(extents)
+            if word == "reqntid":
+                entry.required_block = (*extents, 1, 1)[:3]
         for parameter in filter(None, (part.strip() for part in found[2].split(","))):
             self.parameter(entry, parameter, line)
         for variable in self.parsed.variables.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Program:
             if variable.space in ("global", "const"):
                 self._allocate(variable.name, variable.size, variable.initial, variable.space == "global")
         symbols = {name: array.ctypes.data for name, array in self.variables.items()}
-        self.entries = {name: decode(entry, module, symbols) for name, entry in module.entries.items()}
+        self.entries = {name: decode(entry, symbols) for name, entry in module.entries.items()}
 
     def _allocate(self, name: str, size: int, initial: bytes | None, writable: bool) -> None:
         storage = np.zeros(size + 256, np.uint8)
@@ -61,30 +62,35 @@ class Program:
         """
         if entry not in self.entries:
             raise ValueError(f"entry: {entry!r} came, the module has {', '.join(self.entries)}")
-        if min(*grid, *block) < 1 or block[0] * block[1] * block[2] > 1024:
-            raise ValueError(f"grid {grid}, block {block}: every extent must be positive, a block has at most 1024 threads")
-        program = self.entries[entry]
+        code = self.entries[entry]
+        most, required = code.entry.most_threads, code.entry.required_block
+        if min(*grid, *block) < 1 or prod(block) > most:
+            raise ValueError(
+                f"grid {grid}, block {block}: every extent must be positive, a block of {entry} has at most {most} threads"
+            )
+        if required and tuple(block) != required:
+            raise ValueError(f"block: {block} came, {entry} was compiled for {required}")
         raw = self._parameters(entry, parameters)
         space = AddressSpace([*memory.ranges, *self.ranges, Range(raw.ctypes.data, len(raw), "parameters", False)])
         seen = Traffic() if traffic else None
         space.traffic, space.writers = seen, Writers() if one_writer else None
         launch = Launch(grid, block, raw, shared_bytes, space)
-        kernel = program.entry
+        kernel = code.entry
         dynamic = [offset for name, offset in kernel.shared.items() if offset >= kernel.shared_bytes]
         nbytes = max(dynamic, default=kernel.shared_bytes) + shared_bytes
         report = Report(launch.blocks * launch.threads, traffic=seen)
-        executed = [0] * (len(program.steps) + 1)
+        executed = [0] * (len(code.steps) + 1)
         together = max(1, min(LANES // launch.padded, SHARED_BYTES // max(nbytes, 1), launch.blocks))
         with np.errstate(all="ignore"):
             for first in range(0, launch.blocks, together):
-                s = State(launch, first, min(together, launch.blocks - first), kernel.rows, program.slots)
-                s.shared = SharedMemory(s.blocks, nbytes, program.shared_granule, s.lanes, seen)
+                s = State(launch, first, min(together, launch.blocks - first), kernel.rows, code.slots)
+                s.shared = SharedMemory(s.blocks, nbytes, code.shared_granule, s.lanes, seen)
                 if space.writers:
                     space.writers.first_thread = first * launch.padded
                 s.local_stride = -(-kernel.local_bytes // 16) * 16
                 s.local = np.full(s.lanes * s.local_stride, POISON, np.uint8)
-                Scheduler(program, s, executed).run()
-        report.add(program, executed)
+                Scheduler(code, s, executed).run()
+        report.add(code, executed)
         return report
 
     def _parameters(self, entry: str, parameters: Sequence[bytes]) -> np.ndarray:

@@ -5,30 +5,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decode import Action, Barrier, Branch, Collective, Exit, Program
+from .decode import Action, Barrier, Branch, Code, Collective, Exit
 from .faults import Deadlock, Fault
 from .memory import Lanes
 from .state import State, warp_bits
 
 END = 1 << 60  # behind every statement
+ENDLESS = 3_000_000  # backward jumps of a batch, minutes of them
 PATIENCE = 20_000  # loops that the hindmost group may make while others could run
 
 
 class Scheduler:
     """Runs one batch to its end. ``executed`` counts lanes by statement."""
 
-    def __init__(self, program: Program, s: State, executed: list[int]):
-        self.program, self.s, self.executed = program, s, executed
-        self.steps = [*program.steps, Exit()]
-        self.actions = [*program.actions, self.steps[-1]]
-        self.guards = [*program.guards, None]
+    def __init__(self, code: Code, s: State, executed: list[int]):
+        self.code, self.s, self.executed = code, s, executed
+        self.steps = [*code.steps, Exit()]
+        self.actions = [*code.actions, self.steps[-1]]
+        self.guards = [*code.guards, None]
         self.runnable: dict[int, Lanes] = {}
         self.parked: dict[int, np.ndarray] = {}  # at a collective whose mask isn't complete
         self.barrier = np.zeros(s.lanes, np.int32)  # 1 + the number of the barrier that a lane waits at
         self.waits_at = np.zeros(s.lanes, np.int64)  # the statement
         self.wanted = np.zeros(s.lanes, np.int64)  # threads that the barrier waits for
         self.waiting = 0
-        self.loops = 0
+        self.loops = self.all_loops = 0
         self.pc = 0
 
     def run(self) -> None:
@@ -46,10 +47,10 @@ class Scheduler:
             raise self.located(fault) from None
 
     def located(self, fault: Fault) -> Fault:
-        statements = self.program.entry.statements
+        statements = self.code.entry.statements
         statement = statements[min(self.pc, len(statements) - 1)]
         block, thread = self.s.place(fault.lane) if fault.lane is not None else (None, None)
-        return fault.locate(self.program.entry.name, statement.text, statement.line, block, thread)
+        return fault.locate(self.code.entry.name, statement.text, statement.line, block, thread)
 
     def add(self, pc: int, lanes: Lanes) -> None:
         """Lanes that go on at a statement, together with those already there."""
@@ -121,7 +122,11 @@ class Scheduler:
     def branch(self, branch: Branch, lanes: Lanes, together: bool) -> bool:
         if branch.index is None:
             target = branch.targets[0]
-            self.loops += target <= self.pc
+            if target <= self.pc:
+                self.loops += 1
+                self.all_loops += 1
+                if self.all_loops > ENDLESS:
+                    raise Deadlock(f"a loop that doesn't end: {ENDLESS} jumps back", int(self.s.numbers(lanes)[0]))
             if together and not (self.loops > PATIENCE and self.runnable):
                 self.pc = target
                 return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .types import DTYPE, SIZE, VIEW, dtype_of, is_float
+from .types import DTYPE, SIZE, dtype_of, is_float
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class Entry:
     shared_bytes: int = 0
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
+    required_block: tuple[int, ...] = ()  # .reqntid
+    most_threads: int = 1024  # .maxntid
 
     def place(self, variable: Variable) -> None:
         """The next free offset in the variable's space."""
@@ -175,8 +177,3 @@ class Module:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     variables: dict[str, Variable] = field(default_factory=dict)
-
-
-def view_of(kind: str) -> str:
-    """The register view that holds a PTX type."""
-    return VIEW[kind]

@@ -24,9 +24,9 @@ def branch_by_index(d: Decoder) -> Branch:
     d.take("uni")
     d.arity(2)
     table = label(d, 1)
-    if table not in d.program.entry.tables:
+    if table not in d.code.entry.tables:
         raise d.unsupported("no such .branchtargets")
-    return Branch(d.program.entry.tables[table], d.source(0, "u32"))
+    return Branch(d.code.entry.tables[table], d.source(0, "u32"))
 
 
 def label(d: Decoder, position: int) -> str:

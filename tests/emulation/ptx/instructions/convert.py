@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..decode import Decoder, Step, Values, instruction
-from ..numerics import QUIET_NAN16, bf16_to_f32, f32_to_bf16, f32_to_f16, f64_to_f16, flushed, odd32, saturated, toward
+from ..numerics import QUIET_NAN16, bf16_to_f32, f32_to_bf16, f32_to_f16, f64_to_f16, flushed, saturated, toward
 from ..types import SIZE, dtype_of, is_float
 from .floating import canonical32
 from .half import round_pair
@@ -34,6 +34,8 @@ def convert(d: Decoder) -> Step:
         if source != "f32" or direction != "rna":
             raise d.unsupported()
         return d.elementwise(to_tf32, "f32", "f32")
+    if "bf16" in (source, target) and (source + target not in ("bf16f32", "f32bf16") or sat or direction not in ("", "rn", "rz")):
+        raise d.unsupported("sm_90 and later only")
     if not is_float(source) and not is_float(target):
         return integers(d, target, source, sat)
     if not is_float(target):
@@ -110,9 +112,7 @@ def integer_to_float(target: str, source: str, direction: str, sat: bool) -> Cal
             exact = saturated(exact)
         if target == "f32":
             return toward(exact, direction)
-        if target == "f16":
-            return f64_to_f16(exact, direction)
-        return f32_to_bf16(odd32(exact), direction)
+        return f64_to_f16(exact, direction)
 
     return step
 
@@ -141,8 +141,6 @@ def float_to_float(
             return value
         if target == "f16":
             return f64_to_f16(value, direction or "rn")
-        if target == "bf16":
-            return f32_to_bf16(odd32(value), direction or "rn")
         result = canonical32(np.asarray(toward(value, direction or "rn")))
         return flushed(result) if ftz else result
 

@@ -19,6 +19,7 @@ from ..numerics import (
     signed_zero_sum,
     toward,
 )
+from .half import half_fma, half_function
 
 ROUNDINGS = ("rn", "rz", "rm", "rp")
 
@@ -79,8 +80,6 @@ def floating_multiply(d: Decoder, kind: str) -> Step:
 
 @instruction("fma")
 def fused(d: Decoder) -> Step:
-    from .half import half_fma
-
     kind = d.kind("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
     if kind not in ("f32", "f64"):
         return half_fma(d, kind)
@@ -172,8 +171,6 @@ APPROXIMATE = {
 @instruction(*APPROXIMATE)
 def approximate(d: Decoder) -> Step:
     """Rounded to the nearest, which a GPU doesn't promise: it stays within a few units of the last place."""
-    from .half import half_function
-
     kind = d.kind("f32", "f64", "f16", "f16x2", "bf16", "bf16x2")
     d.need("approx")
     exact = APPROXIMATE[d.name]

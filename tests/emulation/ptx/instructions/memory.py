@@ -74,9 +74,9 @@ def constant_parameter(d: Decoder, dtype: np.dtype, count: int) -> Get | None:
     operand = d.operands[1]
     if not isinstance(operand, Address) or not isinstance(operand.base, Symbol):
         return None
-    if operand.base.name not in d.program.entry.parameters:
+    if operand.base.name not in d.code.entry.parameters:
         raise d.unsupported(f"no parameter {operand.base.name}")
-    offset, size = d.program.entry.parameters[operand.base.name]
+    offset, size = d.code.entry.parameters[operand.base.name]
     first, last = offset + operand.offset, offset + operand.offset + dtype.itemsize * count
     if operand.offset < 0 or last > offset + size:
         raise d.unsupported("outside the parameter")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..decode import LOCAL_WINDOW, SHARED_WINDOW, WINDOW, Decoder, Step, Values, instruction
@@ -9,6 +11,7 @@ from ..memory import Lanes
 from ..state import State
 from ..syntax import Not, Pair, Register, Vector
 from ..types import dtype_of
+from .half import widened
 
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -58,12 +61,12 @@ def compare(d: Decoder) -> Step:
     combine = COMBINE[word] if (word := d.take(*COMBINE)) else None
     d.arity(4 if combine else 3)
     if not combine and result == "pred" and not isinstance(d.operands[0], Pair):
-        return d.elementwise(test, "pred", *operand_kinds(kind))
+        return d.elementwise(test, "pred", kind, kind)
     first, second = d.pair(0)
     yes, no = d.target(first, result), d.target(second, result)
-    a, b = (d.source(n, k) for n, k in enumerate(operand_kinds(kind), 1))
+    a, b = d.source(1, kind), d.source(2, kind)
     other = d.source(3, "pred") if combine else None
-    true = np.uint32(0xFFFFFFFF) if result != "f32" else np.float32(1)
+    true = np.float32(1).view(np.uint32) if result == "f32" else np.uint32(0xFFFFFFFF)
 
     def step(s: State, lanes: Lanes) -> None:
         holds = test(a(s, lanes), b(s, lanes))
@@ -71,27 +74,17 @@ def compare(d: Decoder) -> Step:
         if combine:
             c = other(s, lanes)
             holds, fails = combine(holds, c), combine(fails, c)
-        if result != "pred":
-            holds = np.where(holds, true, true.dtype.type(0))
-            holds = holds.view(dtype_of(result))
-            put_only(s, lanes, holds)
-            return
-        yes(s, lanes, holds)
-        no(s, lanes, fails)
+        if result == "pred":
+            yes(s, lanes, holds)
+            no(s, lanes, fails)
+        else:
+            yes(s, lanes, np.where(holds, true, np.uint32(0)).view(dtype_of(result)))
 
-    put_only = yes
     return step
 
 
-def operand_kinds(kind: str) -> tuple[str, str]:
-    """bf16 compares as the float that its bits begin."""
-    return kind, kind
-
-
-def comparison(d: Decoder, word: str, kind: str, ftz: bool) -> Step:
+def comparison(d: Decoder, word: str, kind: str, ftz: bool) -> Callable[[Values, Values], Values]:
     """A comparison of PTX: ordered ones are false for NaN, those with a u behind are true."""
-    from .half import widened
-
     if (
         kind in ("f16x2", "bf16x2")
         or word not in COMPARE
