@@ -16,6 +16,7 @@ from numerics import row_scaled
 import peftk
 from emulation.cuda_host import build
 from emulation.cuda_host.door import HostDoor, PtxDoor, host_module
+from peftk.format.code4 import CODES4
 from peftk.ops import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +209,21 @@ def test_unaligned_memory(cuda, offset):
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_ties_in_whole_blocks(cuda, quant_type, block_size):
+    """Each threshold and the fp32 numbers beside it, zeros of both signs, ends: in blocks that the main path takes."""
+    t = torch.tensor(CODES4[quant_type].thresholds)
+    below, above = torch.nextafter(t, torch.tensor(-2.0)), torch.nextafter(t, torch.tensor(2.0))
+    w = torch.cat([t, below, above, torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45, 0.0625, -0.0625, 0.5])])
+    w = torch.cat([w, torch.rand(block_size - len(w)) * 2 - 1]) * torch.exp2(torch.arange(-60, 60))[:, None]
+    with peftk.use("reference"):
+        expected = peftk.ops.nf4_quantize(w, block_size, quant_type)
+    with peftk.use("cuda"):
+        got = peftk.ops.nf4_quantize(w, block_size, quant_type)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("scale", [1e-45, 1e-39, 1e-30, 3e38])
 def test_the_ends_of_fp32(cuda, quant_type, scale):
     """Absmax whose reciprocal is infinite or denormal; blocks with one NaN or Inf; signs of zeros: bit for bit."""
@@ -226,6 +242,30 @@ def test_the_ends_of_fp32(cuda, quant_type, scale):
             nan = torch.tensor(12345.0)
             ours, theirs = (torch.where(t.isnan(), nan, t).view(torch.int32) for t in (ours, theirs))
         assert torch.equal(ours, theirs)
+
+
+def test_every_byte_moves_once_and_128_bits_at_a_time():
+    """Counted while nvcc's PTX runs: w is read once and wide, W written once and wide, codes and constants once."""
+    door, w = PtxDoor(), row_scaled(64, 2048, dtype=torch.bfloat16)
+    if why := door.why_not():
+        pytest.skip(why)
+    with gpu.through("cuda", door), peftk.use("cuda"):
+        packed, absmax = peftk.ops.nf4_quantize(w)
+        (kernel, report), *others = door.reports
+        assert "nf4_quantize_kernel" in kernel and not others
+        assert report.accesses["global", "load", 16] * 16 == w.nbytes
+        assert report.bytes_stored["global"] == packed.nbytes + absmax.nbytes
+        out = peftk.ops.nf4_dequantize(packed, absmax, None, None, w.shape, dtype=torch.bfloat16)
+        (kernel, report), *others = door.reports
+        assert "nf4_dequantize_kernel" in kernel and not others
+        assert report.bytes_stored["global"] == out.nbytes and report.wide_share("global", "store") == 1
+        codes, absmax = peftk.ops.blockwise8_quantize(w)
+        (kernel, report), *others = door.reports
+        assert report.accesses["global", "load", 16] * 16 == w.nbytes
+        assert report.bytes_stored["global"] == codes.nbytes + absmax.nbytes
+        out = peftk.ops.blockwise8_dequantize(codes, absmax, dtype=torch.bfloat16)
+        (kernel, report), *others = door.reports
+        assert report.bytes_stored["global"] == out.nbytes and report.wide_share("global", "store") == 1
 
 
 def sanitized(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
