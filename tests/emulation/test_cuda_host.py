@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from numerics import row_scaled
 
 import peftk
 from emulation.cuda_host import build
-from emulation.cuda_host.door import HostDoor, host_module
+from emulation.cuda_host.door import HostDoor, PtxDoor, host_module
+from peftk.format.code4 import CODES4
 from peftk.ops import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +146,16 @@ def test_byte_perm():
     assert planted().byte_perm(0x33221100, 0x77665544, 0x0123) == 0x00112233
 
 
+@pytest.fixture(params=["cuda-host", "cuda-ptx"])
+def cuda(request: pytest.FixtureRequest):
+    """A door to the ops' launchers; what it leads to stands in the test's name."""
+    door = {"cuda-host": HostDoor, "cuda-ptx": PtxDoor}[request.param]()
+    if why := door.why_not():
+        pytest.skip(why)
+    with gpu.through("cuda", door):
+        yield door
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3, 200])
 def test_results_do_not_depend_on_the_grid_or_the_order(multiprocessors):
     w = row_scaled(37, 1000, dtype=torch.bfloat16)
@@ -163,7 +175,7 @@ def test_results_do_not_depend_on_the_grid_or_the_order(multiprocessors):
 
 @pytest.mark.parametrize("block_size", [32, 64, 256, 4096, 48])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_any_range_of_elements_is_dequantised(block_size, dtype):
+def test_any_range_of_elements_is_dequantised(cuda, block_size, dtype):
     """From an odd element, inside a block, at a tile's edge; 48: a block size that is no power of two."""
     count = 3 * 4096 + 101
     packed = torch.randint(0, 256, ((count + 1) // 2,), dtype=torch.uint8)
@@ -175,18 +187,57 @@ def test_any_range_of_elements_is_dequantised(block_size, dtype):
     for first, length in ranges:
         out = torch.full((length + 16,), -7.0, dtype=dtype)
         number = {torch.float32: 0, torch.bfloat16: 1}[dtype]
-        HostDoor().call("nf4_dequantize", packed, absmax, None, None, first, length, block_size, 0, out[8:], number)
+        cuda.call("nf4_dequantize", packed, absmax, None, None, first, length, block_size, 0, out[8:], number)
         assert torch.equal(out[8:-8], expected[first : first + length].to(dtype)), (first, length)
         assert (out[:8] == -7).all() and (out[-8:] == -7).all()
 
 
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """As integers, one for all NaN."""
+    t = torch.where(t.isnan(), torch.tensor(12345.0, dtype=t.dtype), t)
+    return t.view({4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_code_at_every_constant_bit_for_bit(cuda, quant_type, dtype):
+    """Products that round to zero, denormals, overflow; signs of zeros count. A tile of the main path has one kind of constant."""
+    tiny, usual = (1e-45, -1e-45, 1e-42, 1e-40, 3e-39, 2.0**-101, 2.0**-99), (6e-8, 1e-5, 0.0, -0.0, -3.0)
+    absmax = torch.tensor([*tiny, *usual, 7e4, 3.3e38, torch.inf, torch.nan]).repeat_interleave(32)
+    packed = torch.randint(0, 256, (len(absmax) * 32,), dtype=torch.uint8)
+    results = []
+    for name in ("reference", "cuda"):
+        with peftk.use(name):
+            results.append(peftk.ops.nf4_dequantize(packed, absmax, None, None, (len(absmax), 64), 64, quant_type, dtype))
+    assert torch.equal(bits(results[0]), bits(results[1]))
+    codes, scale = packed[: len(absmax) * 16], absmax[: len(absmax) // 2]
+    results = []
+    for name in ("reference", "cuda"):
+        with peftk.use(name):
+            results.append(peftk.ops.blockwise8_dequantize(codes, scale, 32, dtype))
+    assert torch.equal(bits(results[0]), bits(results[1]))
+
+
+def test_indices_beyond_32_bits(cuda):
+    """Elements around 2^31 and 2^32 of a weight whose codes and constants lie in sparse mappings, so that they fit memory."""
+    count = 2**32 + 8192
+    packed = torch.frombuffer(mmap.mmap(-1, count // 2), dtype=torch.uint8)
+    absmax = torch.frombuffer(mmap.mmap(-1, count // 16), dtype=torch.float32)
+    for first in (2**31 - 2048, 2**31, 2**32 + 4096):
+        packed[first // 2 : first // 2 + 1024] = 0xF0
+        absmax[first // 64 : first // 64 + 32] = torch.arange(32) + 1.0
+        out = torch.empty(2048)
+        cuda.call("nf4_dequantize", packed, absmax, None, None, first, 2048, 64, 0, out, 0)
+        assert torch.equal(out.view(32, 64), torch.tensor([1.0, -1.0]).repeat(32) * (torch.arange(32)[:, None] + 1.0))
+
+
 @pytest.mark.parametrize("offset", [1, 2, 4])
-def test_unaligned_memory(offset):
+def test_unaligned_memory(cuda, offset):
     """Views that start anywhere: inputs and outputs of every op."""
     w = torch.cat([torch.zeros(offset), row_scaled(40, 256).view(-1)])[offset:]
     expected = {}
     for name in ("reference", "cuda"):
-        with gpu.through("cuda", HostDoor()), peftk.use(name):
+        with peftk.use(name):
             packed, absmax = peftk.ops.nf4_quantize(w)
             shifted = torch.cat([packed.new_zeros(offset), packed])[offset:]
             dense = peftk.ops.nf4_dequantize(shifted, absmax, None, None, w.shape, dtype=torch.float16)
@@ -198,24 +249,60 @@ def test_unaligned_memory(offset):
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_ties_in_whole_blocks(cuda, quant_type, block_size):
+    """Each threshold and the fp32 numbers beside it, zeros of both signs, ends: in blocks that the main path takes."""
+    t = torch.tensor(CODES4[quant_type].thresholds)
+    below, above = torch.nextafter(t, torch.tensor(-2.0)), torch.nextafter(t, torch.tensor(2.0))
+    w = torch.cat([t, below, above, torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45, 0.0625, -0.0625, 0.5])])
+    w = torch.cat([w, torch.rand(block_size - len(w)) * 2 - 1]) * torch.exp2(torch.arange(-60, 60))[:, None]
+    with peftk.use("reference"):
+        expected = peftk.ops.nf4_quantize(w, block_size, quant_type)
+    with peftk.use("cuda"):
+        got = peftk.ops.nf4_quantize(w, block_size, quant_type)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("scale", [1e-45, 1e-39, 1e-30, 3e38])
-def test_the_ends_of_fp32(quant_type, scale):
+def test_the_ends_of_fp32(cuda, quant_type, scale):
     """Absmax whose reciprocal is infinite or denormal; blocks with one NaN or Inf; signs of zeros: bit for bit."""
     w = (torch.randn(40, 128).clamp(-1, 1) * scale).contiguous()
     w[3, 5], w[4, 6], w[5], w[6, ::2] = float("nan"), float("-inf"), 0, -0.0
     results = []
     for name in ("reference", "cuda"):
-        with gpu.through("cuda", HostDoor()), peftk.use(name):
+        with peftk.use(name):
             packed, absmax = peftk.ops.nf4_quantize(w, 128, quant_type)
             dense = peftk.ops.nf4_dequantize(packed, absmax, None, None, w.shape, 128, quant_type)
             codes, constants = peftk.ops.blockwise8_quantize(w, 128)
             back = peftk.ops.blockwise8_dequantize(codes, constants, 128)
             results.append((packed, absmax, dense, codes, constants, back))
     for ours, theirs in zip(*results, strict=True):
-        if ours.is_floating_point():
-            nan = torch.tensor(12345.0)
-            ours, theirs = (torch.where(t.isnan(), nan, t).view(torch.int32) for t in (ours, theirs))
-        assert torch.equal(ours, theirs)
+        assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (ours, theirs)))
+
+
+def test_every_byte_moves_once_and_128_bits_at_a_time():
+    """Counted while nvcc's PTX runs: w is read once and wide, W written once and wide, codes and constants once."""
+    door, w = PtxDoor(), row_scaled(64, 2048, dtype=torch.bfloat16)
+    if why := door.why_not():
+        pytest.skip(why)
+    with gpu.through("cuda", door), peftk.use("cuda"):
+        packed, absmax = peftk.ops.nf4_quantize(w)
+        (kernel, report), *others = door.reports
+        assert "nf4_quantize_kernel" in kernel and not others
+        assert report.accesses["global", "load", 16] * 16 == w.nbytes
+        assert report.bytes_stored["global"] == packed.nbytes + absmax.nbytes
+        out = peftk.ops.nf4_dequantize(packed, absmax, None, None, w.shape, dtype=torch.bfloat16)
+        (kernel, report), *others = door.reports
+        assert "nf4_dequantize_kernel" in kernel and not others
+        assert report.bytes_stored["global"] == out.nbytes and report.wide_share("global", "store") == 1
+        codes, absmax = peftk.ops.blockwise8_quantize(w)
+        (kernel, report), *others = door.reports
+        assert report.accesses["global", "load", 16] * 16 == w.nbytes
+        assert report.bytes_stored["global"] == codes.nbytes + absmax.nbytes
+        out = peftk.ops.blockwise8_dequantize(codes, absmax, dtype=torch.bfloat16)
+        (kernel, report), *others = door.reports
+        assert report.bytes_stored["global"] == out.nbytes and report.wide_share("global", "store") == 1
 
 
 def sanitized(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -229,27 +316,21 @@ def sanitized(*arguments: str, **environment: str) -> subprocess.CompletedProces
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PEFTK_CUDA_HOST_SANITIZE": "1",
     }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        env={**os.environ, **options, **environment},
-    )
+    command, environment = [sys.executable, *arguments], {**os.environ, **options, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment)
 
 
+# Every op, dtype, code and block size; ragged, tiny and unaligned.
 COVERING = (
-    "cuda-host and (equals_the_definition or ends or ties or dtypes or block_sizes or nearest_code and 1030 or every_value)"
+    "cuda-host and (test_block_sizes or test_dtypes or test_every_value or test_unaligned_memory or test_the_ends_of_fp32 or "
+    "test_any_range or test_every_code or test_ties or test_equals_the_definition and 33 or test_equals_the_table and 1030)"
 )
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_ops_under_sanitizers(seed):
-    tests = [
-        f"tests/ops/test_{op}.py" for op in ("nf4_quantize", "nf4_dequantize", "blockwise8_quantize", "blockwise8_dequantize")
-    ]
-    done = sanitized("-m", "pytest", "-q", "-k", COVERING, *tests, PEFTK_CUDA_HOST_SEED=str(seed))
+def test_the_ops_under_sanitizers():
+    build.built([*build.op_sources(), *build.SHIM], "cuda_host", sanitize=True)  # here: a compiler is slow under sanitizers
+    ops = [f"tests/ops/test_{op}.py" for op in ("nf4_quantize", "nf4_dequantize", "blockwise8_quantize", "blockwise8_dequantize")]
+    done = sanitized("-m", "pytest", "-q", "-k", COVERING, *ops, "tests/emulation/test_cuda_host.py")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -264,6 +345,7 @@ numbers, out = array.array("i", range(64)), array.array("i", [0] * 64)
 planted.reverse(numbers.buffer_info()[0], out.buffer_info()[0], 1, 64, {FAULTS.index(fault)})
 print("ran", list(out) == list(numbers)[::-1])
 """
+    build.built([PLANTED, *build.SHIM], "planted", sanitize=True)
     done = sanitized("-c", code)
     if fault == "none":
         assert done.stdout.strip() == "ran True", done.stderr[-3000:]

@@ -69,17 +69,18 @@ __device__ __forceinline__ float scaled(float value, float scale) {
 
 // `out` is where the lane's first chunk goes.
 template <bool kUnderflow, class T>
-__device__ __forceinline__ void decode_tile(const Row* rows, const typename Chunk<T>::Packed* words, const float* scales,
-                                            std::uint32_t at, T* out) {
+__device__ __forceinline__ void decode_tile(const Row* rows, const typename Chunk<T>::Packed* words, float own,
+                                            const std::uint32_t* from, std::uint32_t at, T* out) {
   constexpr int kChunk = Chunk<T>::kChunk;
 #pragma unroll
   for (int c = 0; c < kChunks; c++) {
+    const float scale = __shfl_sync(kWholeWarp, own, from[c]);
     float values[kChunk];
 #pragma unroll
     for (int byte = 0; byte < kChunk / 2; byte++) {
       const float2 value = pair_at(rows, words[c], byte, at);
-      values[2 * byte] = scaled<kUnderflow>(value.x, scales[c]);
-      values[2 * byte + 1] = scaled<kUnderflow>(value.y, scales[c]);
+      values[2 * byte] = scaled<kUnderflow>(value.x, scale);
+      values[2 * byte + 1] = scaled<kUnderflow>(value.y, scale);
     }
     store_vector(out + c * kWarp * kChunk, values);
   }
@@ -134,13 +135,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < kChunks; c++) words[c] = __ldcs(here + c * kWarp);
     const std::uint64_t block = (static_cast<std::uint64_t>(tile) * tiles.blocks + first_block) >> tiles.shift;
     const float own = scale_of<kNested>(source.scales, block, offset, value8);
-    float scales[kChunks];
-#pragma unroll
-    for (int c = 0; c < kChunks; c++) scales[c] = __shfl_sync(kWholeWarp, own, from[c]);
     if (__any_sync(kWholeWarp, may_underflow(own)))
-      decode_tile<true>(rows, words, scales, at, there);
+      decode_tile<true>(rows, words, own, from, at, there);
     else
-      decode_tile<false>(rows, words, scales, at, there);
+      decode_tile<false>(rows, words, own, from, at, there);
     here += static_cast<std::uint64_t>(warps) * (kWarp * kChunks);
     there += static_cast<std::uint64_t>(warps) * C::kTile;
   }
