@@ -128,6 +128,19 @@ def test_unaligned_views():
     assert_both_same(lambda: nf4_dequantize(on_words, absmax, None, None, (count,), dtype=torch.bfloat16))
 
 
+def test_memory_is_moved_once_and_look_ups_do_not_conflict():
+    """32-byte sectors against those that the tensors fill; a table of pairs would conflict 0.06 times a weight."""
+    w, packed = row_scaled(64, 1024, dtype=torch.bfloat16), torch.randint(0, 256, (32768,), dtype=torch.uint8)
+    absmax = row_scaled(1024)
+    door = PtxDoor(traffic=True)
+    assert_both_same(lambda: nf4_quantize(w), door)
+    assert_both_same(lambda: nf4_dequantize(packed, absmax, None, None, (65536,), dtype=torch.bfloat16), door)
+    for report in door.reports:
+        assert report.traffic.conflicts == 0
+        assert report.traffic.sectors < 1.1 * 65536 * (2 + 0.5) / 32
+    assert door.reports[-1].wide_share("global", "store") == 1
+
+
 def test_no_elements_launch_nothing():
     none, byte = torch.empty(0), torch.empty(0, dtype=torch.uint8)
     calls = (

@@ -19,8 +19,9 @@ PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}  # T
 class PtxDoor:
     """Stands where gpu.TritonDoor stands. ``reports`` are those of the emulator for the last launches, the newest last."""
 
-    def __init__(self, target: int = 80) -> None:
+    def __init__(self, target: int = 80, traffic: bool = False) -> None:
         self.target = target  # 80 is what the emulator knows; 75 has nothing that it doesn't
+        self.traffic = traffic  # whether reports tell sectors and bank conflicts
         self.compiled: dict[str, tuple[Any, Any, int]] = {}  # by kernel and specialisation: program, metadata, parameters
         self.reports: deque[Any] = deque(maxlen=16)
 
@@ -49,7 +50,8 @@ class PtxDoor:
                 memory.allow(value.data_ptr(), value.numel() * value.element_size(), name)
         threads = (32 * metadata.num_warps, 1, 1)
         blocks = tuple((*grid, 1, 1)[:3])
-        self.reports.append(program.run(metadata.name, blocks, threads, metadata.shared, parameters, memory))
+        launch = (metadata.name, blocks, threads, metadata.shared, parameters, memory)
+        self.reports.append(program.run(*launch, traffic=self.traffic, one_writer=True))
 
 
 def declared(ptx: str, entry: str) -> int:

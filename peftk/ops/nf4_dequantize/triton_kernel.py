@@ -3,7 +3,7 @@
 packed: element 2i in the high nibble of byte i. One program decodes TILE elements; a thread of it 8 at a time, from one 32-bit
 word of codes to one 16-byte store of 16-bit elements. Scales and the 16 values are looked up in shared memory (tl.gather): 16
 words lie in 16 banks, so a warp's look-ups of values never conflict. A table of all 256 pairs halves them (5.5 instructions a
-weight on sm_80 instead of 7.0), but random 8-byte accesses are expected to meet in the banks three deep.
+weight on sm_80 instead of 7.0), but needs 2.3 times the passes through the banks: random 8-byte accesses meet in them.
 """
 
 from __future__ import annotations
