@@ -26,10 +26,10 @@ Blocks make_blocks(const T* data, std::int64_t count, std::int64_t size, int thr
   return {count, size, count / size, __builtin_ctzll(lanes)};
 }
 
-// Thread blocks of `threads` for all of it, `resident` a multiprocessor at once.
+// Thread blocks of `threads` for all of it.
 template <class T>
-unsigned grid_of(const Blocks& blocks, int threads, int resident) {
-  return blocks_for(blocks.count, static_cast<std::int64_t>(kOwn<T>) * threads, resident);
+unsigned grid_of(const Blocks& blocks, int threads) {
+  return blocks_for(blocks.count, static_cast<std::int64_t>(kOwn<T>) * threads, kResidentThreads / threads);
 }
 
 template <class T>

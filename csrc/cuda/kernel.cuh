@@ -22,4 +22,11 @@ namespace peftk::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// Threads that a multiprocessor should hold at once; registers are shared out for so many. Consumer GPUs hold no more than that.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kResidentThreads = 1024;
+#else
+inline constexpr int kResidentThreads = 1536;
+#endif
+
 }  // namespace peftk::cuda

@@ -21,18 +21,20 @@ using cuda_host::multiprocessors;
 #else
 inline constexpr std::size_t kSharedWithoutAsking = 48 << 10;  // bytes of shared memory that every launch may take
 
-inline void check(cudaError_t error, const void* kernel) {
-  if (error == cudaSuccess) return;
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline const char* name_of(const void* kernel) {
   const char* name = nullptr;
-  if (cudaFuncGetName(&name, kernel) != cudaSuccess || !name) name = "a kernel whose name the driver does not tell";
-  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  return cudaFuncGetName(&name, kernel) == cudaSuccess && name ? name : "a kernel that this driver does not know";
 }
 
 // Of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
-  check(cudaGetDevice(&device), nullptr);
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), nullptr);
+  check(cudaGetDevice(&device), "the current device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the device's multiprocessors");
   return count;
 }
 
@@ -45,10 +47,13 @@ void launch(void (*kernel)(Parameters...),                              // __glo
             const typename AsDeclared<Parameters>::Type&... arguments)  // converted to what the kernel declares
 {
   const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
   if (shared_bytes > kSharedWithoutAsking)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), function);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  check(cudaLaunchKernel(function, blocks, threads, pointers, shared_bytes, static_cast<cudaStream_t>(stream)), function);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(function, blocks, threads, pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) check(error, name_of(function));
 }
 #endif
 

@@ -14,7 +14,7 @@ __device__ __forceinline__ float decode(const float* value8, std::uint32_t code,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
     blockwise8_dequantize_kernel(const std::uint8_t* __restrict__ codes, const float* __restrict__ absmax,
                                  const std::int64_t count, const std::int64_t block_size,
                                  const int log_block,        // of a power of two
@@ -51,8 +51,8 @@ void blockwise8_dequantize(const std::uint8_t* codes, const float* absmax, std::
     constexpr int kChunk = kPerVector<T>;
     const bool fits = block_size % kChunk == 0 && (block_size & (block_size - 1)) == 0;
     const std::int64_t chunks = fits && is_aligned(codes, kChunk) && is_aligned(values, kVectorBytes) ? count / kChunk : 0;
-    launch(blockwise8_dequantize_kernel<T>, blocks_for(count, kThreads * kChunk, 2048 / kThreads), kThreads, 0, stream, codes,
-           absmax, count, block_size, __builtin_ctzll(block_size), chunks, values8(is_signed), values);
+    launch(blockwise8_dequantize_kernel<T>, blocks_for(count, kThreads * kChunk, kResidentThreads / kThreads), kThreads, 0,
+           stream, codes, absmax, count, block_size, __builtin_ctzll(block_size), chunks, values8(is_signed), values);
   });
 }
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ std::uint32_t code_of(const float* heap, float scaled
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
     blockwise8_quantize_kernel(const T* __restrict__ x, const Blocks blocks, const Heap thresholds,
                                std::uint8_t* __restrict__ codes, float* __restrict__ absmax) {
   PEFTK_SHARED(float, heap, [256]);
@@ -85,8 +85,7 @@ void blockwise8_quantize(const void* x, int dtype, std::int64_t count, std::int6
   with_type(x, dtype, [&](const auto* values) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
     const Blocks blocks = make_blocks(values, count, block_size, kThreads, is_aligned(codes, kOwn<T>));
-    launch(blockwise8_quantize_kernel<T>, grid_of<T>(blocks, kThreads, 2048 / kThreads), kThreads, 0, stream, values, blocks,
-           heap, codes, absmax);
+    launch(blockwise8_quantize_kernel<T>, grid_of<T>(blocks, kThreads), kThreads, 0, stream, values, blocks, heap, codes, absmax);
   });
 }
 

@@ -69,17 +69,18 @@ __device__ __forceinline__ float scaled(float value, float scale) {
 
 // `out` is where the lane's first chunk goes.
 template <bool kUnderflow, class T>
-__device__ __forceinline__ void decode_tile(const Row* rows, const typename Chunk<T>::Packed* words, const float* scales,
-                                            std::uint32_t at, T* out) {
+__device__ __forceinline__ void decode_tile(const Row* rows, const typename Chunk<T>::Packed* words, float own,
+                                            const std::uint32_t* from, std::uint32_t at, T* out) {
   constexpr int kChunk = Chunk<T>::kChunk;
 #pragma unroll
   for (int c = 0; c < kChunks; c++) {
+    const float scale = __shfl_sync(kWholeWarp, own, from[c]);
     float values[kChunk];
 #pragma unroll
     for (int byte = 0; byte < kChunk / 2; byte++) {
       const float2 value = pair_at(rows, words[c], byte, at);
-      values[2 * byte] = scaled<kUnderflow>(value.x, scales[c]);
-      values[2 * byte + 1] = scaled<kUnderflow>(value.y, scales[c]);
+      values[2 * byte] = scaled<kUnderflow>(value.x, scale);
+      values[2 * byte + 1] = scaled<kUnderflow>(value.y, scale);
     }
     store_vector(out + c * kWarp * kChunk, values);
   }
@@ -89,9 +90,9 @@ __device__ __forceinline__ void decode_tile(const Row* rows, const typename Chun
 template <class T, bool kNested>
 __device__ __forceinline__ void decode_pairs(const Row* rows, const Source& source, float offset, std::int64_t begin,
                                              std::int64_t end, std::int64_t stride, T* out) {
+  const auto value8 = [rows](std::uint8_t code) { return rows[code].value8[0].x; };
   for (std::int64_t pair = begin; pair < end; pair += stride) {
-    const float scale = scale_of<kNested>(source.scales, 2 * pair / source.block_size, offset,
-                                          [&](std::uint8_t code) { return rows[code].value8[0].x; });
+    const float scale = scale_of<kNested>(source.scales, 2 * pair / source.block_size, offset, value8);
     const float2 value = rows[source.packed[pair]].pair[0];
     const std::int64_t at = 2 * pair - source.first;
     if (at >= 0) out[at] = round_to<T>(scaled<true>(value.x, scale));
@@ -134,13 +135,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < kChunks; c++) words[c] = __ldcs(here + c * kWarp);
     const std::uint64_t block = (static_cast<std::uint64_t>(tile) * tiles.blocks + first_block) >> tiles.shift;
     const float own = scale_of<kNested>(source.scales, block, offset, value8);
-    float scales[kChunks];
-#pragma unroll
-    for (int c = 0; c < kChunks; c++) scales[c] = __shfl_sync(kWholeWarp, own, from[c]);
     if (__any_sync(kWholeWarp, may_underflow(own)))
-      decode_tile<true>(rows, words, scales, at, there);
+      decode_tile<true>(rows, words, own, from, at, there);
     else
-      decode_tile<false>(rows, words, scales, at, there);
+      decode_tile<false>(rows, words, own, from, at, there);
     here += static_cast<std::uint64_t>(warps) * (kWarp * kChunks);
     there += static_cast<std::uint64_t>(warps) * C::kTile;
   }

@@ -1,7 +1,7 @@
-// code = code_of_rank[#{t : x * (1 / absmax) > t}], absmax = max |x| over the block; formats as in format/nf4.h. One pass: a
-// block's elements stay in registers between the maximum and the codes. The trick: no interval [i/16, (i+1)/16) has numbers on
-// both sides of two thresholds, so one comparison with the interval's own gives the rank. The interval is the integer part of 16
-// x + 17, which a sum that rounds down leaves in the mantissa's upper bits.
+// code = code_of_rank[#{t : x * (1 / absmax) > t}], absmax = max |x| over the block; formats as in format/nf4.h.
+// One pass: a block's elements stay in registers between the maximum and the codes.
+// The trick: no interval [i/16, (i+1)/16) has numbers on both sides of two thresholds, so one comparison with its own gives the
+// rank. Its number is the integer part of 16x + 17, which a sum that rounds down leaves in the mantissa's upper bits.
 #include "cuda/block_absmax.cuh"
 #include "format/nf4.h"
 #include "ops/nf4_quantize/op.h"
@@ -24,7 +24,7 @@ struct Interval {
 struct Row {
   Interval copy[kCopies];
 };
-static_assert(sizeof(Row) == 1 << kIntervalBits, "row_of counts on it");
+static_assert(sizeof(Row) == 1 << kIntervalBits, "interval_of counts on it");
 
 struct Code {  // Code4 as a kernel parameter
   float threshold[16];
@@ -116,8 +116,9 @@ __device__ __forceinline__ void encode_pairs(const Code& code, const T* w, std::
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) nf4_quantize_kernel(const T* __restrict__ w, const Blocks blocks, const Code code,
-                                                                std::uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
+    nf4_quantize_kernel(const T* __restrict__ w, const Blocks blocks, const Code code, std::uint8_t* __restrict__ packed,
+                        float* __restrict__ absmax) {
   PEFTK_SHARED(Row, rows, [kIntervals]);
   PEFTK_SHARED(std::uint32_t, partial, [kMostWarps]);
   fill(rows, code);
@@ -164,8 +165,7 @@ void nf4_quantize(const void* w, int dtype, std::int64_t count, std::int64_t blo
   with_type(w, dtype, [&](const auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     const Blocks blocks = make_blocks(x, count, block_size, kThreads, is_aligned(packed, kOwn<T> / 2));
-    launch(nf4_quantize_kernel<T>, grid_of<T>(blocks, kThreads, 2048 / kThreads), kThreads, 0, stream, x, blocks, code, packed,
-           absmax);
+    launch(nf4_quantize_kernel<T>, grid_of<T>(blocks, kThreads), kThreads, 0, stream, x, blocks, code, packed, absmax);
   });
 }
 

@@ -1,4 +1,4 @@
-"""g++ builds csrc/ops/*/cuda.cu against the shim of this folder: a pybind11 module under build/, kept by what it was made from."""
+"""g++ builds csrc/ops/*/cuda.cu against the shim of this folder: a pybind11 module under build/, kept by its ingredients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def op_sources() -> list[Path]:
 
 
 def module(sources: Sequence[Path] | None = None, name: str = "cuda_host", sanitize: bool = False) -> types.ModuleType:
-    """The module ``name`` of these sources (those of the ops) and the shim. RuntimeError with g++'s own words where it can't be."""
+    """The module ``name`` of these sources (else the ops') and the shim. RuntimeError with g++'s own words where it can't be."""
     made = built([*(op_sources() if sources is None else sources), *SHIM], name, sanitize)
     spec = importlib.util.spec_from_file_location(name, made)
     loaded = importlib.util.module_from_spec(spec)
