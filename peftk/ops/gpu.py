@@ -17,6 +17,7 @@ from peftk.native import address, native, why_not_native
 from peftk.ops.dispatch import Implementation
 
 LEAST_CAPABILITY = (7, 5)  # Turing: the oldest GPU that the CUDA build and Triton serve
+LEAST_TRITON = (3, 4)  # 3.2 has no tl.gather, the compiler of 3.3.1 fails on it
 
 
 class CudaDoor:
@@ -54,6 +55,9 @@ class TritonDoor:
             return "triton is not installed"
         if not torch.cuda.is_available():
             return f"torch {torch.__version__} sees no GPU"
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < LEAST_TRITON:
+            return f"triton is {version}, the kernels need {'.'.join(map(str, LEAST_TRITON))}"
         return ""
 
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emulation.ptx import Memory, Program
+from emulation.ptx import Memory, Program, Report
 
 WIDTH = {"b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "pred": 32} | {
     kind: 32 for kind in ("b32", "u32", "s32", "f32", "f16x2", "bf16x2")
@@ -79,8 +79,15 @@ def execute(case: Case, operands: Sequence[Sequence[int]]) -> list[int]:
 
 
 def run(
-    program: Program, entry: str, grid: tuple, block: tuple, arguments: Sequence, shared_bytes: int = 0, read_only: Sequence = ()
-):
+    program: Program,
+    entry: str,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    arguments: Sequence[np.ndarray | bytes],
+    shared_bytes: int = 0,
+    read_only: Sequence[int] = (),
+    **options: bool,
+) -> Report:
     """Launches with numpy arrays as pointers, bytes as they are; returns the report."""
     memory, raw = Memory(), []
     for n, argument in enumerate(arguments):
@@ -89,7 +96,7 @@ def run(
             raw.append(struct.pack("<Q", argument.ctypes.data))
         else:
             raw.append(argument)
-    return program.run(entry, grid, block, shared_bytes, raw, memory)
+    return program.run(entry, grid, block, shared_bytes, raw, memory, **options)
 
 
 def signed(bits: int, width: int) -> int:

@@ -116,3 +116,20 @@ def test_a_tensor_may_come_twice():
     y = X.copy()
     run(program(), "in_bounds", (1, 1, 1), (128, 1, 1), [y, y])
     np.testing.assert_array_equal(y, X)
+
+
+def test_one_writer_a_byte_is_checked_on_demand():
+    launch("two_writers")
+    x, y = X.copy(), np.zeros(128, np.int32)
+    for kernel in ("in_bounds", "two_writers_of_one_value"):
+        run(program(), kernel, (1, 1, 1), (128, 1, 1), [x, y], one_writer=True)
+    with pytest.raises(Race, match="another value than another thread stored inside 'argument 1' at byte 0"):
+        run(program(), "two_writers", (1, 1, 1), (128, 1, 1), [x, y], one_writer=True)
+
+
+def test_one_writer_a_byte_from_block_to_block():
+    """Both blocks of a launch write y, from different x."""
+    x, y = np.arange(256, dtype=np.int32), np.zeros(128, np.int32)
+    run(program(), "blocks_meet", (2, 1, 1), (128, 1, 1), [x, y])
+    with pytest.raises(Race, match="another value"):
+        run(program(), "blocks_meet", (2, 1, 1), (128, 1, 1), [x, y], one_writer=True)

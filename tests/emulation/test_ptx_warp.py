@@ -156,3 +156,32 @@ def test_predicated_lanes_count_only_where_they_act():
     report = launch(f"{IN} setp.lt.u32 p, %r1, 10; @p add.u32 %r2, %r2, 1; mov.u32 %r3, %r2; {OUT}", x, y, threads=64)
     assert report.instructions["add.u32"] == 10 and report.instructions["mad.wide.u32"] == 2 * 64
     assert report.bytes_loaded["global"] == 256 and report.accesses[("global", "load", 4)] == 64
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(4, 4), (8, 8), (64, 32), (0, 1)])
+def test_sectors_of_a_request(stride: int, sectors: int):
+    raw = np.zeros(32 * 64 + 128, np.uint8)
+    x, y = raw[-raw.ctypes.data % 128 :][: 32 * 64], np.zeros(64, np.uint32)
+    report = launch(f"mad.wide.u32 %rd3, %r1, {stride}, %rd1; ld.global.u32 %r2, [%rd3];", x, y, traffic=True)
+    assert report.traffic.requests == 1 and report.traffic.sectors == sectors
+
+
+@pytest.mark.parametrize(
+    ("access", "scale", "wavefronts", "conflicts"),
+    [
+        ("b32", 4, 1, 0),
+        ("b32", 8, 2, 1),
+        ("b32", 128, 32, 31),
+        ("b32", 0, 1, 0),
+        ("v4.b32", 16, 4, 0),
+        ("v2.b32", 16, 4, 2),
+        ("b16", 2, 1, 0),
+    ],
+)
+def test_bank_conflicts(access: str, scale: int, wavefronts: int, conflicts: int):
+    registers = {"b32": "%r1", "b16": "%rs1", "v2.b32": "{1, 1}", "v4.b32": "{1, 1, 1, 1}"}[access]
+    value = "%r5" if scale == 0 else registers  # one value where all write to one place
+    body = f".shared .align 16 .b8 tile[4096]; mov.u32 %r5, tile; mad.lo.u32 %r6, %r1, {scale}, %r5;"
+    body += f"st.shared.{access} [%r6], {value};"
+    report = launch(body, np.zeros(1, np.uint32), np.zeros(1, np.uint32), traffic=True)
+    assert (report.traffic.wavefronts, report.traffic.conflicts) == (wavefronts, conflicts)

@@ -9,7 +9,6 @@ import torch
 
 from bench.static import triton_aot
 from emulation.launches import Launch, recorded
-from peftk.format.code4 import BLOCK_SIZES
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, nf4_dequantize, nf4_quantize
 
 if triton_aot.why_not():
@@ -60,7 +59,7 @@ WHOLE = [
     (op, {"dtype": dtype, "block_size": size, "nested": nested, "code": code, "aligned": aligned}, target)
     for op in OPS
     for dtype in DTYPES
-    for size in (BLOCK_SIZES if op.startswith("nf4") else (7, 64, 256, 4096))
+    for size in ((32, 64, 4096) if op.startswith("nf4") else (7, 64, 256, 4096))
     for nested in ((True, False) if op == "nf4_dequantize" else (True,))
     for code in (("nf4", "fp4") if op == "nf4_quantize" else ("nf4",))
     for aligned in ((True, False) if size in (7, 64) else (True,))

@@ -14,13 +14,12 @@ import peftk
 from bench.static import triton_aot
 from emulation import doors
 from emulation.launches import recorded
-from emulation.triton_door import TARGET, PtxDoor, declared, laid_out
+from emulation.ptx import Memory, OutOfBounds, Program
+from emulation.triton_door import PtxDoor, declared, laid_out
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
 
 if why := doors.why_not("triton-ptx"):
     pytest.skip(why, allow_module_level=True)
-
-from emulation.ptx import Memory, OutOfBounds, Program  # noqa: E402
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -36,18 +35,14 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
         assert torch.equal(got[there].view(BITS[got.dtype]), expected[there].view(BITS[got.dtype]))
 
 
-def both(call):
-    """What Triton's kernels and what the reference make of a call, as tuples."""
-    with gpu.through("triton", doors.door("triton-ptx")), peftk.use("triton"):
+def assert_both_same(call, door=None) -> None:
+    """What Triton's kernels and what the reference make of a call."""
+    with gpu.through("triton", door or doors.door("triton-ptx")), peftk.use("triton"):
         got = call()
     with peftk.use("reference"):
         expected = call()
-    return [(g, e) for g, e in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True)]
-
-
-def assert_both_same(call) -> None:
-    for got, expected in both(call):
-        assert_same(got, expected)
+    for ours, right in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
+        assert_same(ours, right)
 
 
 def behind(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,6 +85,16 @@ def test_nf4_dequantize_of_hard_scales(dtype):
         assert_both_same(lambda code=code: nf4_dequantize(packed, absmax, None, None, (len(scales), 512), 64, code, dtype))
 
 
+def test_turing_rounds_to_bf16_as_ampere_does():
+    """It has no instruction for that: Triton emits integer arithmetic."""
+    packed, absmax = torch.arange(256, dtype=torch.uint8).repeat(32), torch.cat([row_scaled(255), torch.tensor([float("nan")])])
+    absmax[1:40:3] *= 1e-38
+    call = lambda: nf4_dequantize(packed, absmax, None, None, (16384,), dtype=torch.bfloat16)  # noqa: E731
+    assert_both_same(call, PtxDoor(75))
+    w = row_scaled(4096, dtype=torch.bfloat16)
+    assert_both_same(lambda: nf4_quantize(w), PtxDoor(75))
+
+
 @pytest.mark.parametrize("block_size", [32, 48, 96, 6, 7, 1, 5000, 8192])
 def test_nf4_dequantize_of_any_block_size(block_size):
     """Words of 8 codes that share a scale, that cross a block, that lie in a block of which the tile sees a part."""
@@ -119,6 +124,21 @@ def test_unaligned_views():
     assert_both_same(lambda: nf4_dequantize(packed, absmax, None, None, (count,), dtype=torch.float32))
     assert_both_same(lambda: blockwise8_quantize(w, 256))
     assert_both_same(lambda: blockwise8_dequantize(codes, absmax, 64))
+    on_words = torch.arange(4 + count // 2).to(torch.uint8)[4:]  # the path of whole tiles, by 4 bytes instead of 16
+    assert_both_same(lambda: nf4_dequantize(on_words, absmax, None, None, (count,), dtype=torch.bfloat16))
+
+
+def test_memory_is_moved_once_and_look_ups_do_not_conflict():
+    """32-byte sectors against those that the tensors fill; a table of pairs would conflict 0.06 times a weight."""
+    w, packed = row_scaled(64, 1024, dtype=torch.bfloat16), torch.randint(0, 256, (32768,), dtype=torch.uint8)
+    absmax = row_scaled(1024)
+    door = PtxDoor(traffic=True)
+    assert_both_same(lambda: nf4_quantize(w), door)
+    assert_both_same(lambda: nf4_dequantize(packed, absmax, None, None, (65536,), dtype=torch.bfloat16), door)
+    for report in door.reports:
+        assert report.traffic.conflicts == 0
+        assert report.traffic.sectors < 1.1 * 65536 * (2 + 0.5) / 32
+    assert door.reports[-1].wide_share("global", "store") == 1
 
 
 def test_no_elements_launch_nothing():
@@ -162,7 +182,7 @@ def test_indices_beyond_32_bits(op):
         "absmax": tile // 64 * (1 if op == "nf4_dequantize" else 4), "absmax_scale": tile // 64 / 256 * 4,
     }  # fmt: skip
     (launch,) = recorded(call)
-    made = triton_aot.compiled(launch.kernel, TARGET, launch.arguments, launch.options)
+    made = triton_aot.compiled(launch.kernel, 80, launch.arguments, launch.options)
     ptx, reads = re.subn(r"%ctaid\.x;", f"{TILES};", made.asm["ptx"])
     assert reads == 1
     names, arguments = launch.kernel.arg_names, list(launch.arguments)
@@ -176,7 +196,7 @@ def test_indices_beyond_32_bits(op):
             moved = int(TILES * per_tile.get(name, 0)) // value.element_size() * value.element_size()
             value = Moved(value.data_ptr() - moved)
         there.append(value)
-    signature = triton_aot.specialisation(launch.kernel, TARGET, launch.arguments, launch.options)[0]
+    signature = triton_aot.specialisation(launch.kernel, 80, launch.arguments, launch.options)[0]
     parameters = laid_out(signature, there, declared(ptx, made.metadata.name))
     Program(ptx).run(made.metadata.name, (1, 1, 1), (128, 1, 1), made.metadata.shared, parameters, memory)
     with peftk.use("reference"):
@@ -197,11 +217,12 @@ class Moved:
 
 
 def test_an_access_outside_a_tensor_is_a_fault():
-    (launch,) = recorded(lambda: nf4_dequantize(*torch.zeros(2, 64).byte()[:1], torch.ones(2), None, None, (128,)))
+    packed = torch.zeros(64, dtype=torch.uint8)
+    (launch,) = recorded(lambda: nf4_dequantize(packed, torch.ones(2), None, None, (128,)))
     arguments = list(launch.arguments)
     position = launch.kernel.arg_names.index("out")
     arguments[position] = arguments[position][:127]
-    with pytest.raises(OutOfBounds):
+    with pytest.raises(OutOfBounds, match="st.global"):
         PtxDoor().launch(launch.kernel, launch.grid, *arguments, **launch.options)
 
 
@@ -215,3 +236,11 @@ def test_triton_is_imported_where_it_is_used():
 def test_without_a_gpu_the_error_says_so():
     with peftk.use("triton"), pytest.raises(RuntimeError, match=r"nf4_quantize can't run: triton: torch \S+ sees no GPU"):
         nf4_quantize(torch.ones(64))
+
+
+def test_an_old_triton_is_a_reason(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.TritonDoor().why_not() == ""
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert gpu.TritonDoor().why_not() == "triton is 3.3.1, the kernels need 3.4"

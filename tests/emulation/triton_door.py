@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import struct
 from collections import deque
@@ -12,22 +11,22 @@ from typing import Any
 import torch
 
 from bench.static import triton_aot
+from emulation.ptx import Memory, Program
 
-TARGET = 80  # what the emulator knows
 PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}  # Triton's types as struct's
 
 
 class PtxDoor:
     """Stands where gpu.TritonDoor stands. ``reports`` are those of the emulator for the last launches, the newest last."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: int = 80, traffic: bool = False) -> None:
+        self.target = target  # 80 is what the emulator knows; 75 has nothing that it doesn't
+        self.traffic = traffic  # whether reports tell sectors and bank conflicts
         self.compiled: dict[str, tuple[Any, Any, int]] = {}  # by kernel and specialisation: program, metadata, parameters
         self.reports: deque[Any] = deque(maxlen=16)
 
     def why_not(self) -> str:
         """Why nothing can be emulated here; empty where it can."""
-        if importlib.util.find_spec("emulation.ptx") is None:
-            return "there is no emulation.ptx"
         return triton_aot.why_not()
 
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
@@ -37,12 +36,10 @@ class PtxDoor:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """``kernel[grid](*arguments, **options)``. A Fault is raised for any access outside the tensors' own bytes."""
-        from emulation.ptx import Memory, Program
-
-        facts = triton_aot.specialisation(kernel, TARGET, arguments, options)
+        facts = triton_aot.specialisation(kernel, self.target, arguments, options)
         key = f"{kernel.cache_key} {facts}"
         if key not in self.compiled:
-            made = triton_aot.compiled(kernel, TARGET, arguments, options)
+            made = triton_aot.compiled(kernel, self.target, arguments, options)
             self.compiled[key] = Program(made.asm["ptx"]), made.metadata, declared(made.asm["ptx"], made.metadata.name)
         program, metadata, count = self.compiled[key]
         parameters = laid_out(facts[0], arguments, count)
@@ -53,7 +50,8 @@ class PtxDoor:
                 memory.allow(value.data_ptr(), value.numel() * value.element_size(), name)
         threads = (32 * metadata.num_warps, 1, 1)
         blocks = tuple((*grid, 1, 1)[:3])
-        self.reports.append(program.run(metadata.name, blocks, threads, metadata.shared, parameters, memory))
+        launch = (metadata.name, blocks, threads, metadata.shared, parameters, memory)
+        self.reports.append(program.run(*launch, traffic=self.traffic, one_writer=True))
 
 
 def declared(ptx: str, entry: str) -> int:

@@ -97,3 +97,4 @@ extern "C" __global__ void traps(const int* x, int* y) {
 }
 extern "C" __global__ void two_writers(const int* x, int* y) { y[threadIdx.x / 2] = x[threadIdx.x]; }
 extern "C" __global__ void two_writers_of_one_value(const int* x, int* y) { y[threadIdx.x / 2] = x[threadIdx.x / 2]; }
+extern "C" __global__ void blocks_meet(const int* x, int* y) { y[threadIdx.x] = x[blockIdx.x * blockDim.x + threadIdx.x]; }

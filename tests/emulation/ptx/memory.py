@@ -5,11 +5,16 @@ from __future__ import annotations
 import bisect
 import ctypes
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .faults import Misaligned, OutOfBounds
 from .types import UNSIGNED
+
+if TYPE_CHECKING:
+    from .counts import Traffic
+    from .writers import Writers
 
 Lanes = np.ndarray | None  # lane numbers of a batch, ascending; None: every lane
 
@@ -63,10 +68,14 @@ class AddressSpace:
         self.ranges = ranges
         self.readable = Segments(ranges)
         self.writable = Segments([r for r in ranges if r.writable])
+        self.traffic: Traffic | None = None
+        self.writers: Writers | None = None
 
     def load(self, lanes: Lanes, address: np.ndarray, size: int) -> np.ndarray:
         """``size`` bytes (1, 2, 4, 8, 16) at each address (uint64), as bits."""
         segments = self.readable
+        if self.traffic:
+            self.traffic.global_access(lanes, address, size)
         if found := segments.one(address, size):
             first, view = found.view(size)
             self.check_alignment(lanes, address, size)
@@ -81,12 +90,26 @@ class AddressSpace:
 
     def store(self, lanes: Lanes, address: np.ndarray, values: np.ndarray, size: int) -> None:
         """The last lane wins where two write to one address."""
+        values = np.broadcast_to(values, address.shape)
+        if self.writers:
+            self.check_writers(lanes, address, values, size)
         for view, chosen, index in self.places(lanes, address, size):
             view[index] = values if chosen is None else values[chosen]
+
+    def check_writers(self, lanes: Lanes, address: np.ndarray, values: np.ndarray, size: int) -> None:
+        """That no other thread stored something else there."""
+        which = self.which(self.writable, lanes, address, size, "written")
+        raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1, size)
+        for number in np.unique(which):
+            here = np.flatnonzero(which == number)
+            numbers = here if lanes is None else lanes[here]
+            self.writers.check(self, numbers, self.writable.items[number], address[here], raw[here])
 
     def places(self, lanes: Lanes, address: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
         """Writable views with the positions in ``address`` that lie in them (None: all) and their indices there."""
         segments = self.writable
+        if self.traffic:
+            self.traffic.global_access(lanes, address, size)
         if found := segments.one(address, size):
             first, view = found.view(size)
             self.check_alignment(lanes, address, size)

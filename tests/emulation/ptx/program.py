@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import instructions  # noqa: F401  registers the decoders
+from .counts import Report, Traffic
 from .decode import decode
 from .memory import AddressSpace, Memory, Range
 from .parse import parse
 from .schedule import Scheduler
 from .shared import SharedMemory
 from .state import POISON, Launch, State, Triple
+from .writers import Writers
 
 LANES = 16384  # of a batch: enough that numpy's call overhead vanishes, few enough for the caches
 SHARED_BYTES = 4 << 20  # of a batch
-
-
-@dataclass
-class Report:
-    """What a launch did, summed over its threads. Bytes by state space; ``accesses`` by space, "load" or "store", bytes."""
-
-    threads: int
-    instructions: Counter[str] = field(default_factory=Counter)
-    bytes_loaded: Counter[str] = field(default_factory=Counter)
-    bytes_stored: Counter[str] = field(default_factory=Counter)
-    accesses: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-
-    def wide_share(self, space: str, direction: str = "load") -> float:
-        """The share of bytes in a space that moved in accesses of 128 bits."""
-        moved = {key: count * key[2] for key, count in self.accesses.items() if key[:2] == (space, direction)}
-        return sum(n for key, n in moved.items() if key[2] == 16) / max(1, sum(moved.values()))
 
 
 class Program:
@@ -59,11 +43,21 @@ class Program:
         self.ranges.append(Range(array.ctypes.data, size, name, writable))
 
     def run(
-        self, entry: str, grid: Triple, block: Triple, shared_bytes: int, parameters: Sequence[bytes], memory: Memory
+        self,
+        entry: str,
+        grid: Triple,
+        block: Triple,
+        shared_bytes: int,
+        parameters: Sequence[bytes],
+        memory: Memory,
+        *,
+        traffic: bool = False,
+        one_writer: bool = False,
     ) -> Report:
         """One launch. ``parameters``: each one's raw bytes; ``shared_bytes``: dynamic shared memory of a block.
 
-        Raises Fault where the kernel errs, ValueError for a launch that no GPU would take.
+        ``traffic``: the report tells sectors and bank conflicts. ``one_writer``: two threads that store different values to one
+        byte of global memory are a Race. Raises Fault where the kernel errs, ValueError for a launch that no GPU would take.
         """
         if entry not in self.entries:
             raise ValueError(f"entry: {entry!r} came, the module has {', '.join(self.entries)}")
@@ -72,21 +66,25 @@ class Program:
         program = self.entries[entry]
         raw = self._parameters(entry, parameters)
         space = AddressSpace([*memory.ranges, *self.ranges, Range(raw.ctypes.data, len(raw), "parameters", False)])
+        seen = Traffic() if traffic else None
+        space.traffic, space.writers = seen, Writers() if one_writer else None
         launch = Launch(grid, block, raw, shared_bytes, space)
         kernel = program.entry
         dynamic = [offset for name, offset in kernel.shared.items() if offset >= kernel.shared_bytes]
         nbytes = max(dynamic, default=kernel.shared_bytes) + shared_bytes
-        report = Report(launch.blocks * launch.threads)
+        report = Report(launch.blocks * launch.threads, traffic=seen)
         executed = [0] * (len(program.steps) + 1)
         together = max(1, min(LANES // launch.padded, SHARED_BYTES // max(nbytes, 1), launch.blocks))
         with np.errstate(all="ignore"):
             for first in range(0, launch.blocks, together):
                 s = State(launch, first, min(together, launch.blocks - first), kernel.rows, program.slots)
-                s.shared = SharedMemory(s.blocks, nbytes, program.shared_granule, s.lanes)
+                s.shared = SharedMemory(s.blocks, nbytes, program.shared_granule, s.lanes, seen)
+                if space.writers:
+                    space.writers.first_thread = first * launch.padded
                 s.local_stride = -(-kernel.local_bytes // 16) * 16
                 s.local = np.full(s.lanes * s.local_stride, POISON, np.uint8)
                 Scheduler(program, s, executed).run()
-        self._count(report, entry, executed)
+        report.add(program, executed)
         return report
 
     def _parameters(self, entry: str, parameters: Sequence[bytes]) -> np.ndarray:
@@ -100,18 +98,3 @@ class Program:
                 raise ValueError(f"{entry}: {len(value)} bytes came for {name}, which has {size}")
             raw[offset : offset + size] = np.frombuffer(value, np.uint8)
         return raw
-
-    def _count(self, report: Report, entry: str, executed: list[int]) -> None:
-        program = self.entries[entry]
-        for statement, count in zip(program.entry.statements, executed, strict=False):
-            if count:
-                report.instructions[statement.opcode] += count
-        for index, accesses in program.accesses.items():
-            for access in accesses:
-                for direction, nbytes, total in (
-                    ("load", access.loads, report.bytes_loaded),
-                    ("store", access.stores, report.bytes_stored),
-                ):
-                    if nbytes and executed[index]:
-                        total[access.space] += nbytes * executed[index]
-                        report.accesses[(access.space, direction, nbytes)] += executed[index]

@@ -2,7 +2,8 @@
 
 Bytes are watched in granules: the smallest access of the kernel, so that every access covers whole granules. A stamp is one
 int64: the time of the access (State.now), flags, the thread's number in its block. Stamps order as times do, which makes the
-common case (everything before the thread's last barrier) a single comparison.
+common case (everything before the thread's last barrier) a single comparison. Who waits is ordered after all that came before:
+for a barrier of some warps, or a mask of some lanes, this takes those who didn't take part as ordered too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .memory import Lanes, lane_of
 from .types import UNSIGNED
 
 if TYPE_CHECKING:
+    from .counts import Traffic
     from .state import State
 
 TIME = 20  # bits below the time
@@ -41,8 +43,8 @@ class Copy:
 class SharedMemory:
     """``nbytes`` for each block. Addresses count from the block's first byte."""
 
-    def __init__(self, blocks: int, nbytes: int, granule: int, lanes: int):
-        self.nbytes, self.granule = nbytes, granule
+    def __init__(self, blocks: int, nbytes: int, granule: int, lanes: int, traffic: Traffic | None = None):
+        self.nbytes, self.granule, self.traffic = nbytes, granule, traffic
         self.stride = -(-max(nbytes, 1) // 16) * 16
         self.bytes = np.zeros(blocks * self.stride, np.uint8)
         self.views = {size: self.bytes.view(dtype) for size, dtype in UNSIGNED.items()}
@@ -96,6 +98,8 @@ class SharedMemory:
         if int(np.bitwise_or.reduce(offset)) & (size - 1):
             at = int(np.flatnonzero(offset & (size - 1))[0])
             raise Misaligned(f"{size} bytes at shared address {int(offset[at]):#x}, no multiple of {size}", lane_of(lanes, at))
+        if self.traffic:
+            self.traffic.shared_access(lanes, offset, size)
         return offset + (s.block if lanes is None else s.block[lanes]) * self.stride
 
     def granules(self, start: np.ndarray, size: int) -> list[np.ndarray]:
