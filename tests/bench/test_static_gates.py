@@ -115,7 +115,8 @@ def test_a_bad_cell(row: str, message: str, tmp_path: Path):
         (80, 33, 0, 256, 6),  # 40 a thread are handed out, in whole warps on four schedulers
         (80, 168, 0, 384, 1),
         (80, 255, 0, 512, 0),  # more registers than a block may have
-        (80, 32, 72 * 1024, 128, 2),  # 164 KiB, and 1 of each block is the system's
+        (80, 40, 0, 96, 16),  # 12 warps a scheduler, where 51 would fit all four
+        (80, 32, 41 * 1024, 128, 3),  # 164 KiB, and 1 of each block is the system's
         (80, 32, 164 * 1024, 128, 0),
         (80, 16, 0, 32, 32),  # blocks
         (75, 64, 0, 256, 4),

@@ -94,11 +94,32 @@ def test_a_call_to_a_function_comes_back():
     assert flow.counted(kernel, "path").calls == 1
 
 
+def test_a_slow_path_by_a_call_is_not_the_main_path():
+    """As a reciprocal's subnormals: fewer instructions, but a function."""
+    fast, slow = ("FFMA", "FFMA", "FFMA"), ("CALL.REL.NOINC `($slowpath)", "BRA `(.L_x_1)")
+    kernel = made("@P0 BRA `(.L_x_0)", *fast, "LDG.E", "EXIT", *slow, x0=6, x1=4)
+    assert opcodes(kernel, "path") == ["BRA", *fast, "LDG.E", "EXIT"]
+
+
 def test_divergent_warps_are_not_counted():
-    """BRA.DIV leads to shuffles one by one, which look shorter where they are calls."""
-    whole, aside = ("FADD", "SHFL.IDX PT, R0", "LDG.E", "EXIT"), ("CALL.REL.NOINC `($shuffle)", "BRA `(.L_x_1)")
-    kernel = made("BRA.DIV ~URZ, `(.L_x_0)", *whole, *aside, x0=5, x1=3)
-    assert opcodes(kernel, "path") == ["BRA.DIV", *("FADD", "SHFL.IDX", "LDG.E", "EXIT")]
+    """BRA.DIV leads to shuffles one by one."""
+    kernel = made("BRA.DIV ~URZ, `(.L_x_0)", "FADD", "SHFL.IDX PT, R0", "LDG.E", "EXIT", "BRA `(.L_x_1)", x0=5, x1=3)
+    assert opcodes(kernel, "path") == ["BRA.DIV", "FADD", "SHFL.IDX", "LDG.E", "EXIT"]
+
+
+def test_the_hot_loop_of_a_nest():
+    """The inner one, whose products the outer one's 128-bit stores don't outweigh."""
+    inner = ("LDG.E.128", "HMMA.16816.F32", "@P0 BRA `(.L_x_1)")
+    kernel = made("FADD", *inner, "STG.E.128", "@P1 BRA `(.L_x_0)", "EXIT", x0=0, x1=1)
+    assert opcodes(kernel, "loop") == ["LDG.E.128", "HMMA.16816.F32", "BRA"]
+
+
+def test_ragged_edges_inside_a_hot_loop():
+    """They loop over more bytes than the main path stores, and are passed by."""
+    whole, ragged = ("STG.E.64", "BRA `(.L_x_2)"), ("STG.E", "STG.E", "STG.E", "@P1 BRA `(.L_x_1)")
+    kernel = made("LDG.E.128", "@P0 BRA `(.L_x_1)", *whole, *ragged, "@P2 BRA `(.L_x_0)", "EXIT", x0=0, x1=4, x2=8)
+    assert opcodes(kernel, "loop") == ["LDG.E.128", "BRA", *("STG.E.64", "BRA"), "BRA"]
+    assert flow.counted(kernel, "loop").loops == 0
 
 
 def test_threads_meet_where_the_barrier_says():
@@ -115,6 +136,7 @@ def test_waiting_is_no_work():
     wait = ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2", "@!P0 BRA `(.L_x_1)")
     kernel = made("MOV", "FADD", *wait, "HGMMA.64x128x16.F32.BF16 R24", "@P1 BRA `(.L_x_0)", "EXIT", x0=1, x1=2)
     assert opcodes(kernel, "loop") == ["FADD", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "BRA", "HGMMA.64x128x16.F32.BF16", "BRA"]
+    assert flow.counted(kernel, "loop").loops == 0
 
 
 def test_two_entries_are_refused():
