@@ -146,3 +146,16 @@ def aligned_copy(x: np.ndarray) -> np.ndarray:
     place = raw[-raw.ctypes.data // 4 % 4 :][: len(x)]
     place[:] = x
     return place
+
+
+@pytest.mark.parametrize("finite", ["", ".satfinite"])
+def test_integer_sums_wrap_or_saturate(finite: str):
+    source = np.concatenate(
+        [np.full((4, 32), 0x7F7F7F7F, np.uint32), np.full((2, 32), 0x7F7F7F7F, np.uint32), np.full((4, 32), 2**31 - 1)]
+    )
+    source, out = source.astype(np.uint32), np.zeros((4, 32), np.int32)
+    load = "".join(f"ld.global.b32 %r{n}, [%rd1+{128 * n}];" for n in range(10))
+    body = f"mma.sync.aligned.m16n8k32.row.col{finite}.s32.s8.s8.s32 {{%r40,%r41,%r42,%r43}}, {{%r0,%r1,%r2,%r3}}, {{%r4,%r5}},"
+    store = "".join(f"st.global.b32 [%rd2+{128 * n}], %r{40 + n};" for n in range(4))
+    run(kernel(load, body + "{%r6,%r7,%r8,%r9};", store, 2), "k", (1, 1, 1), (32, 1, 1), [source, out])
+    assert (out == (2**31 - 1 if finite else 32 * 127 * 127 - 2**31 - 1)).all()
