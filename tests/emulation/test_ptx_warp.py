@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emulation.one_instruction import run
+from emulation.one_instruction import kernel, launch, run
 from emulation.ptx import Deadlock, Race, schedule
-from emulation.test_ptx_memory import kernel, launch
 
 RNG = np.random.default_rng(0)
 IN = "mad.wide.u32 %rd3, %r1, 4, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2; ld.global.u32 %r2, [%rd3];"
