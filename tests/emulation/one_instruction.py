@@ -1,4 +1,4 @@
-"""A kernel of one PTX instruction: load operands, execute, store. Values travel as unsigned bits."""
+"""Kernels of hand-written PTX; of one instruction: load operands, execute, store. Values travel as unsigned bits."""
 
 from __future__ import annotations
 
@@ -97,6 +97,27 @@ def run(
         else:
             raw.append(argument)
     return program.run(entry, grid, block, shared_bytes, raw, memory, **options)
+
+
+def kernel(body: str, parameters: int = 2, module: str = "") -> Program:
+    """%rd1, %rd2, … are the parameters, %r1 the thread's number; p, q predicates."""
+    names = ", ".join(f".param .u64 k_param_{n}" for n in range(parameters))
+    load = "".join(f"ld.param.u64 %rd{n + 1}, [k_param_{n}];" for n in range(parameters))
+    return Program(
+        f"{HEAD}{module}.visible .entry k({names})\n{{ .reg .pred p, q; .reg .b16 %rs<20>; .reg .b32 %r<40>; .reg .b64 %rd<40>;"
+        f"{load} mov.u32 %r1, %tid.x; {body} ret; }}"
+    )
+
+
+def launch(body: str, *arrays: np.ndarray, threads: int = 32, shared_bytes: int = 0, module: str = "", **options: bool) -> Report:
+    """One block runs a kernel of this body."""
+    return run(kernel(body, len(arrays), module), "k", (1, 1, 1), (threads, 1, 1), arrays, shared_bytes, **options)
+
+
+def aligned(n: int, dtype: type = np.uint32) -> np.ndarray:
+    """Zeros on a multiple of 16 bytes."""
+    raw = np.zeros(n * np.dtype(dtype).itemsize + 16, np.uint8)
+    return raw[-raw.ctypes.data % 16 :][: n * np.dtype(dtype).itemsize].view(dtype)
 
 
 def signed(bits: int, width: int) -> int:

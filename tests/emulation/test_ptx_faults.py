@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.static import nvcc
-from emulation.one_instruction import run
+from emulation.one_instruction import aligned, run
 from emulation.ptx import Deadlock, Fault, InFlight, Misaligned, OutOfBounds, Program, Race, Trap, UninitialisedShared
 
 pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
@@ -21,14 +21,8 @@ def program() -> Program:
     return Program(nvcc.compiled(Path(__file__).parent / "kernels" / "faults.cu", "sm_80", "ptx").read_text())
 
 
-def aligned(n: int) -> np.ndarray:
-    """int32 on a multiple of 16 bytes."""
-    raw = np.zeros(n + 4, np.int32)
-    return raw[-raw.ctypes.data // 4 % 4 :][:n]
-
-
 def launch(kernel: str, shared_bytes: int = 0, threads: int = 128) -> np.ndarray:
-    x, y = aligned(128), aligned(128)
+    x, y = aligned(128, np.int32), aligned(128, np.int32)
     x[:] = X
     run(program(), kernel, (2, 1, 1), (threads, 1, 1), [x, y], shared_bytes, read_only=(0,))
     return y

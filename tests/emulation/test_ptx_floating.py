@@ -190,6 +190,19 @@ def test_approximate_functions(name: str, function):
         assert y == pytest.approx(function(x), rel=2**-24 + 2**-40, abs=2**-126), (name, x)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize(("name", "function"), [("ex2.approx", lambda x: 2.0**x), ("tanh.approx", math.tanh)])
+def test_approximate_functions_of_halves(name: str, function, kind: str):
+    f, generator = FORMATS[kind], random.Random(0)
+    bits = [f.round(exact.Fraction(generator.uniform(-8, 8))) for _ in range(300)]
+    wanted = [f.round(exact.Fraction(function(float(f.value(b))))) for b in bits]
+    ftz = ".ftz" if name == "ex2.approx" and kind == "bf16" else ""
+    assert execute(Case(f"{name}{ftz}.{kind}", kind, (kind,), max), [(b,) for b in bits]) == wanted
+    pairs = [(a << 16 | b,) for a, b in zip(bits, bits[::-1], strict=True)]
+    got = execute(Case(f"{name}{ftz}.{kind}x2", f"{kind}x2", (f"{kind}x2",), max), pairs)
+    assert got == [a << 16 | b for a, b in zip(wanted, wanted[::-1], strict=True)]
+
+
 def test_what_arithmetic_calls_nan_is_the_gpus():
     case = Case("mul.f32", "f32", ("f32", "f32"), lambda a, b: a)
     assert execute(case, [(F32.infinity, 0), (0xFFC12345, exact.one(F32))]) == [0x7FFFFFFF, 0x7FFFFFFF]

@@ -132,6 +132,15 @@ def logic() -> list[Case]:
         cases.append(Case(f"prmt.b32.{mode}", "b32", ("b32",) * 3, lambda a, b, c, m=mode: permute_mode(a, b, c, m)))
     for ka, kb in product(("u32", "s32"), repeat=2):
         cases.append(Case(f"dp4a.{ka}.{kb}", "b32", ("b32",) * 3, lambda a, b, c, x=ka, y=kb: dot(a, b, c, x, y)))
+        for part, shift in (("lo", 0), ("hi", 16)):
+            cases.append(
+                Case(
+                    f"dp2a.{part}.{ka}.{kb}",
+                    "b32",
+                    ("b32",) * 3,
+                    lambda a, b, c, x=ka, y=kb, s=shift: dot_halves(a, b >> s, c, x, y),
+                )
+            )
     return cases
 
 
@@ -198,6 +207,14 @@ def dot(a: int, b: int, c: int, kind_a: str, kind_b: str) -> int:
         return signed(x >> 8 * n & 255, 8) if kind == "s32" else x >> 8 * n & 255
 
     return unsigned(c + sum(byte(a, n, kind_a) * byte(b, n, kind_b) for n in range(4)), 32)
+
+
+def dot_halves(a: int, b: int, c: int, kind_a: str, kind_b: str) -> int:
+    def piece(x: int, n: int, width: int, kind: str) -> int:
+        bits = x >> width * n & (1 << width) - 1
+        return signed(bits, width) if kind == "s32" else bits
+
+    return unsigned(c + sum(piece(a, n, 16, kind_a) * piece(b, n, 8, kind_b) for n in range(2)), 32)
 
 
 WIDTHS = {"u16": 16, "s16": 16, "b16": 16, "u32": 32, "s32": 32, "b32": 32, "u64": 64, "s64": 64, "b64": 64}

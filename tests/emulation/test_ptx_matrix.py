@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from emulation.one_instruction import HEAD, run
+from emulation.one_instruction import HEAD, aligned, run
 from emulation.ptx import Program
 
 RNG = np.random.default_rng(0)
@@ -117,7 +117,8 @@ def test_ldmatrix(count: int, transposed: bool):
     """Matrix i's rows lie where lanes 8i … 8i+7 say; lane l gets elements 2·(l % 4) and the next of row l / 4."""
     halves = RNG.integers(0, 2**16, (32, 8), dtype=np.uint16)
     order = RNG.permutation(32).astype(np.uint32)
-    source = np.concatenate([halves.view(np.uint32).reshape(-1), order])
+    source = aligned(160)
+    source[:128], source[128:] = halves.view(np.uint32).reshape(-1), order
     registers = ", ".join(f"%r{n}" for n in range(count))
     load = (
         "mov.u32 %r10, tile; mad.lo.u32 %r11, %lane, 16, %r10; "
@@ -129,8 +130,6 @@ def test_ldmatrix(count: int, transposed: bool):
     body = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{registers}}}, [%r13];"
     store = "".join(f"st.global.b32 [%rd2+{128 * n}], %r{n};" for n in range(count))
     out = np.zeros((count, 32), np.uint32)
-    source = np.concatenate([source, np.zeros(4, np.uint32)])
-    source = aligned_copy(source)
     run(kernel(load, body, store, 2), "k", (1, 1, 1), (32, 1, 1), [source, out])
     for i in range(count):
         matrix = halves[order[8 * i : 8 * i + 8]]
@@ -140,9 +139,14 @@ def test_ldmatrix(count: int, transposed: bool):
             assert out[i, lane] == int(pair[0]) | int(pair[1]) << 16
 
 
-def aligned_copy(x: np.ndarray) -> np.ndarray:
-    """On a multiple of 16 bytes."""
-    raw = np.zeros(len(x) + 4, x.dtype)
-    place = raw[-raw.ctypes.data // 4 % 4 :][: len(x)]
-    place[:] = x
-    return place
+@pytest.mark.parametrize("finite", ["", ".satfinite"])
+def test_integer_sums_wrap_or_saturate(finite: str):
+    source = np.concatenate(
+        [np.full((4, 32), 0x7F7F7F7F, np.uint32), np.full((2, 32), 0x7F7F7F7F, np.uint32), np.full((4, 32), 2**31 - 1)]
+    )
+    source, out = source.astype(np.uint32), np.zeros((4, 32), np.int32)
+    load = "".join(f"ld.global.b32 %r{n}, [%rd1+{128 * n}];" for n in range(10))
+    body = f"mma.sync.aligned.m16n8k32.row.col{finite}.s32.s8.s8.s32 {{%r40,%r41,%r42,%r43}}, {{%r0,%r1,%r2,%r3}}, {{%r4,%r5}},"
+    store = "".join(f"st.global.b32 [%rd2+{128 * n}], %r{40 + n};" for n in range(4))
+    run(kernel(load, body + "{%r6,%r7,%r8,%r9};", store, 2), "k", (1, 1, 1), (32, 1, 1), [source, out])
+    assert (out == (2**31 - 1 if finite else 32 * 127 * 127 - 2**31 - 1)).all()

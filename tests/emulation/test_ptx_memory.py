@@ -7,32 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from emulation.one_instruction import HEAD, run, signed
+from emulation.one_instruction import HEAD, aligned, kernel, launch, run, signed
 from emulation.ptx import InFlight, Memory, OutOfBounds, Program, Race, Unsupported
 
 RNG = np.random.default_rng(0)
-
-
-def kernel(body: str, parameters: int = 2, module: str = "") -> Program:
-    """%rd1, %rd2, … are the parameters, %r1 the thread's number; p, q predicates."""
-    names = ", ".join(f".param .u64 k_param_{n}" for n in range(parameters))
-    load = "".join(f"ld.param.u64 %rd{n + 1}, [k_param_{n}];" for n in range(parameters))
-    return Program(
-        f"{HEAD}{module}.visible .entry k({names})\n{{ .reg .pred p, q; .reg .b16 %rs<20>; .reg .b32 %r<40>; .reg .b64 %rd<40>;"
-        f"{load} mov.u32 %r1, %tid.x; {body} ret; }}"
-    )
-
-
-def launch(
-    body: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, shared_bytes: int = 0, module: str = "", **options
-):
-    return run(kernel(body, len(arrays), module), "k", (blocks, 1, 1), (threads, 1, 1), arrays, shared_bytes, **options)
-
-
-def aligned(n: int, dtype: type = np.uint32) -> np.ndarray:
-    """Zeros on a multiple of 16 bytes."""
-    raw = np.zeros(n * np.dtype(dtype).itemsize + 16, np.uint8)
-    return raw[-raw.ctypes.data % 16 :][: n * np.dtype(dtype).itemsize].view(dtype)
 
 
 @pytest.mark.parametrize("kind", ["u8", "s8", "u16", "s16"])

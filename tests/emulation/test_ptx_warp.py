@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emulation.one_instruction import run
+from emulation.one_instruction import kernel, launch, run
 from emulation.ptx import Deadlock, Race, schedule
-from emulation.test_ptx_memory import kernel, launch
 
 RNG = np.random.default_rng(0)
 IN = "mad.wide.u32 %rd3, %r1, 4, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2; ld.global.u32 %r2, [%rd3];"
@@ -73,6 +72,25 @@ def test_the_first_lane_is_elected_and_masks_name_lanes():
         f"add.u32 %r3, %r3, %r4; {OUT}", x, y,
     )  # fmt: skip
     assert y.tolist() == [100, *range(1, 32)]
+
+
+def test_hints_and_clocks_change_nothing():
+    x, y = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    launch(
+        f"{IN} mov.u64 %rd9, %clock64; mov.u32 %r9, %smid; nanosleep.u32 20; membar.gl; fence.acq_rel.gpu; bar.warp.sync -1;"
+        f"discard.global.L2 [%rd3], 128; mov.u64 %rd10, %globaltimer; setp.ge.u64 p, %rd10, %rd9; selp.u32 %r3, %r2, 0, p; {OUT}",
+        x, y, threads=64,
+    )  # fmt: skip
+    np.testing.assert_array_equal(x, y)
+
+
+def test_what_a_launch_looks_like_from_inside():
+    names = ("%laneid", "%warpid", "%nwarpid", "%ntid.x", "%nctaid.x", "%dynamic_smem_size", "%lanemask_ge")
+    for name, define in zip(names, (lambda i: i % 32, lambda i: i // 32, lambda i: 3, lambda i: 96, lambda i: 1, lambda i: 48,
+                                    lambda i: 2**32 - 2 ** (i % 32)), strict=True):  # fmt: skip
+        x, y = np.zeros(96, np.uint32), np.zeros(96, np.uint32)
+        launch(f"{IN} mov.u32 %r3, {name}; {OUT}", x, y, threads=96, shared_bytes=48)
+        assert y.tolist() == [define(i) for i in range(96)], name
 
 
 def test_a_jump_by_index():

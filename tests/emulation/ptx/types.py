@@ -30,7 +30,6 @@ DTYPE = {
     "u64": np.dtype(np.uint64), "s64": np.dtype(np.int64), "f64": np.dtype(np.float64),
     "b128": BITS128,
 }  # fmt: skip
-VIEWS_OF_SIZE = {1: ("u8", "s8"), 2: ("u16", "s16", "f16"), 4: ("u32", "s32", "f32"), 8: ("u64", "s64", "f64"), 16: ("b128",)}
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64), 16: BITS128}
 WIDER = {"u8": "u16", "s8": "s16", "u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 

@@ -203,7 +203,7 @@ def copy_sign(d: Decoder) -> Step:
 
 
 @instruction("testp")
-def test_property(d: Decoder) -> Step:
+def has_property(d: Decoder) -> Step:
     kind = d.kind("f32", "f64")
     smallest = np.finfo(np.float32 if kind == "f32" else np.float64).tiny
     tests = {
