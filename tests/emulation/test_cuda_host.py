@@ -173,6 +173,26 @@ def test_results_do_not_depend_on_the_grid_or_the_order(multiprocessors):
         host_module().set_multiprocessors(2)
 
 
+@pytest.fixture
+def one_multiprocessor():
+    """Few thread blocks, so that each has many rounds to go."""
+    host_module().set_multiprocessors(1)
+    yield
+    host_module().set_multiprocessors(2)
+
+
+@pytest.mark.parametrize("block_size", [4096, 2048])
+def test_rounds_of_large_blocks_keep_apart(cuda, one_multiprocessor, block_size):
+    """A round's maxima go through shared memory that the next round writes again."""
+    w = row_scaled(24, 4096)
+    for quantize in (peftk.ops.nf4_quantize, peftk.ops.blockwise8_quantize):
+        with peftk.use("reference"):
+            expected = quantize(w, block_size)
+        with peftk.use("cuda"):
+            got = quantize(w, block_size)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 256, 4096, 48])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_range_of_elements_is_dequantised(cuda, block_size, dtype):
@@ -201,7 +221,7 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_code_at_every_constant_bit_for_bit(cuda, quant_type, dtype):
-    """Products that round to zero, denormals, overflow; signs of zeros count. A tile of the main path has one kind of constant."""
+    """Products that round to zero, denormals, overflow; signs of zeros count. A tile has one kind of constant."""
     tiny, usual = (1e-45, -1e-45, 1e-42, 1e-40, 3e-39, 2.0**-101, 2.0**-99), (6e-8, 1e-5, 0.0, -0.0, -3.0)
     absmax = torch.tensor([*tiny, *usual, 7e4, 3.3e38, torch.inf, torch.nan]).repeat_interleave(32)
     packed = torch.randint(0, 256, (len(absmax) * 32,), dtype=torch.uint8)
