@@ -125,9 +125,9 @@ def find(gates: Iterable[Gate], op: str, backend: str, kernel: str, target: str)
     return next((gate for gate in gates if gate.matches(op, backend, kernel, target)), None)
 
 
-def unused(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Gate]:
-    """Gates that are no row's."""
-    used = [find(gates, row.op, row.backend, row.kernel, row.target) for row in rows]
+def unused(gates: Sequence[Gate], kernels: Iterable[tuple[str, str, str, str]]) -> list[Gate]:
+    """Gates that are none's of these kernels: op, backend, kernel, target."""
+    used = [find(gates, *kernel) for kernel in kernels]
     return [gate for gate in gates if gate not in used]
 
 
