@@ -13,12 +13,12 @@ import torch
 
 import peftk
 from bench.static import triton_aot
-from peftk.format.code4 import BLOCK_SIZES
 from peftk.format.dynamic8 import NESTED_BLOCK
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
 
 OPS = Path(peftk.__file__).parent / "ops"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OTHER_BLOCKS = (32, 512, 4096)  # the extremes, and the one that takes the most registers to quantise
 COUNTS = (4096, 1001)  # elements: whole tiles of 16-byte accesses; ragged, which Triton compiles another time
 
 
@@ -94,7 +94,7 @@ def _quantize4() -> Iterator[Call]:
     for count in COUNTS:
         for dtype in DTYPES:
             yield partial(nf4_quantize, torch.zeros(count, dtype=dtype))
-    for block_size in BLOCK_SIZES:
+    for block_size in OTHER_BLOCKS:
         yield partial(nf4_quantize, torch.zeros(COUNTS[0], dtype=torch.bfloat16), block_size)
     yield partial(nf4_quantize, torch.zeros(COUNTS[0], dtype=torch.bfloat16), quant_type="fp4")
 
@@ -103,7 +103,7 @@ def _dequantize4() -> Iterator[Call]:
     for dtype in DTYPES:
         for count in COUNTS:
             yield from _dequantize4_with(count, 64, dtype)
-    for block_size in BLOCK_SIZES:
+    for block_size in OTHER_BLOCKS:
         yield from _dequantize4_with(COUNTS[0], block_size, torch.bfloat16)
 
 
@@ -120,7 +120,7 @@ def _quantize8() -> Iterator[Call]:
     for count in COUNTS:
         for dtype in DTYPES:
             yield partial(blockwise8_quantize, torch.zeros(count, dtype=dtype))
-    for block_size in BLOCK_SIZES:
+    for block_size in OTHER_BLOCKS:
         yield partial(blockwise8_quantize, torch.zeros(COUNTS[0]), block_size)
 
 
@@ -128,7 +128,7 @@ def _dequantize8() -> Iterator[Call]:
     for dtype in DTYPES:
         for count in COUNTS:
             yield _dequantize8_with(count, 256, dtype)
-    for block_size in BLOCK_SIZES:
+    for block_size in OTHER_BLOCKS:
         yield _dequantize8_with(COUNTS[0], block_size, torch.float32)
 
 
