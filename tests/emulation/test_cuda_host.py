@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -172,6 +173,26 @@ def test_results_do_not_depend_on_the_grid_or_the_order(multiprocessors):
         host_module().set_multiprocessors(2)
 
 
+@pytest.fixture
+def one_multiprocessor():
+    """Few thread blocks, so that each has many rounds to go."""
+    host_module().set_multiprocessors(1)
+    yield
+    host_module().set_multiprocessors(2)
+
+
+@pytest.mark.parametrize("block_size", [4096, 2048])
+def test_rounds_of_large_blocks_keep_apart(cuda, one_multiprocessor, block_size):
+    """A round's maxima go through shared memory that the next round writes again."""
+    w = row_scaled(24, 4096)
+    for quantize in (peftk.ops.nf4_quantize, peftk.ops.blockwise8_quantize):
+        with peftk.use("reference"):
+            expected = quantize(w, block_size)
+        with peftk.use("cuda"):
+            got = quantize(w, block_size)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 256, 4096, 48])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_range_of_elements_is_dequantised(cuda, block_size, dtype):
@@ -189,6 +210,45 @@ def test_any_range_of_elements_is_dequantised(cuda, block_size, dtype):
         cuda.call("nf4_dequantize", packed, absmax, None, None, first, length, block_size, 0, out[8:], number)
         assert torch.equal(out[8:-8], expected[first : first + length].to(dtype)), (first, length)
         assert (out[:8] == -7).all() and (out[-8:] == -7).all()
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """As integers, one for all NaN."""
+    t = torch.where(t.isnan(), torch.tensor(12345.0, dtype=t.dtype), t)
+    return t.view({4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_code_at_every_constant_bit_for_bit(cuda, quant_type, dtype):
+    """Products that round to zero, denormals, overflow; signs of zeros count. A tile has one kind of constant."""
+    tiny, usual = (1e-45, -1e-45, 1e-42, 1e-40, 3e-39, 2.0**-101, 2.0**-99), (6e-8, 1e-5, 0.0, -0.0, -3.0)
+    absmax = torch.tensor([*tiny, *usual, 7e4, 3.3e38, torch.inf, torch.nan]).repeat_interleave(32)
+    packed = torch.randint(0, 256, (len(absmax) * 32,), dtype=torch.uint8)
+    results = []
+    for name in ("reference", "cuda"):
+        with peftk.use(name):
+            results.append(peftk.ops.nf4_dequantize(packed, absmax, None, None, (len(absmax), 64), 64, quant_type, dtype))
+    assert torch.equal(bits(results[0]), bits(results[1]))
+    codes, scale = packed[: len(absmax) * 16], absmax[: len(absmax) // 2]
+    results = []
+    for name in ("reference", "cuda"):
+        with peftk.use(name):
+            results.append(peftk.ops.blockwise8_dequantize(codes, scale, 32, dtype))
+    assert torch.equal(bits(results[0]), bits(results[1]))
+
+
+def test_indices_beyond_32_bits(cuda):
+    """Elements around 2^31 and 2^32 of a weight whose codes and constants lie in sparse mappings, so that they fit memory."""
+    count = 2**32 + 8192
+    packed = torch.frombuffer(mmap.mmap(-1, count // 2), dtype=torch.uint8)
+    absmax = torch.frombuffer(mmap.mmap(-1, count // 16), dtype=torch.float32)
+    for first in (2**31 - 2048, 2**31, 2**32 + 4096):
+        packed[first // 2 : first // 2 + 1024] = 0xF0
+        absmax[first // 64 : first // 64 + 32] = torch.arange(32) + 1.0
+        out = torch.empty(2048)
+        cuda.call("nf4_dequantize", packed, absmax, None, None, first, 2048, 64, 0, out, 0)
+        assert torch.equal(out.view(32, 64), torch.tensor([1.0, -1.0]).repeat(32) * (torch.arange(32)[:, None] + 1.0))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
@@ -238,10 +298,7 @@ def test_the_ends_of_fp32(cuda, quant_type, scale):
             back = peftk.ops.blockwise8_dequantize(codes, constants, 128)
             results.append((packed, absmax, dense, codes, constants, back))
     for ours, theirs in zip(*results, strict=True):
-        if ours.is_floating_point():
-            nan = torch.tensor(12345.0)
-            ours, theirs = (torch.where(t.isnan(), nan, t).view(torch.int32) for t in (ours, theirs))
-        assert torch.equal(ours, theirs)
+        assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (ours, theirs)))
 
 
 def test_every_byte_moves_once_and_128_bits_at_a_time():
@@ -286,7 +343,7 @@ def sanitized(*arguments: str, **environment: str) -> subprocess.CompletedProces
 # Every op, dtype, code and block size; ragged, tiny and unaligned.
 COVERING = (
     "cuda-host and (test_block_sizes or test_dtypes or test_every_value or test_unaligned_memory or test_the_ends_of_fp32 or "
-    "test_any_range or test_ties or test_equals_the_definition and 33 or test_equals_the_table and 1030)"
+    "test_any_range or test_every_code or test_ties or test_equals_the_definition and 33 or test_equals_the_table and 1030)"
 )
 
 

@@ -174,21 +174,36 @@ std::string who_waits() {
   return text + std::to_string(left) + " have returned";
 }
 
+// Any that is ready; or in every second block, drawn, one of the warp that comes first there, so that one warp runs far ahead of
+// the others: that is what a missing barrier between rounds takes to show.
+Fiber* take_next(bool by_rank, const std::vector<int>& rank_of_warp) {
+  const auto rank = [&](const Fiber* fiber) { return rank_of_warp[fiber->number / kWarp]; };
+  std::swap(device.ready[device.draw(device.ready.size())], device.ready.back());
+  if (by_rank) {
+    const auto first = [&](const Fiber* a, const Fiber* b) { return rank(a) < rank(b); };
+    std::iter_swap(std::min_element(device.ready.begin(), device.ready.end(), first), device.ready.end() - 1);
+  }
+  Fiber* fiber = device.ready.back();
+  device.ready.pop_back();
+  return fiber;
+}
+
 void run_block(std::size_t shared_bytes) {
   device.dynamic = poisoned(shared_bytes);
   device.shared.clear();
   device.open.clear();
   device.ready.clear();
   for (std::size_t i = 0; i < device.fibers.size(); i++) start(device.fibers[i], static_cast<int>(i));
+  std::vector<int> rank_of_warp(device.fibers.size() / kWarp + 1);
+  for (int& rank : rank_of_warp) rank = static_cast<int>(device.draw(1 << 20));
+  const bool by_rank = device.draw(2);
   std::size_t running = device.fibers.size();
   while (running && !device.failure) {
     if (device.ready.empty()) {
       device.failure = std::make_exception_ptr(std::runtime_error(who_waits()));
       break;
     }
-    std::swap(device.ready[device.draw(device.ready.size())], device.ready.back());
-    Fiber* fiber = device.ready.back();
-    device.ready.pop_back();
+    Fiber* fiber = take_next(by_rank, rank_of_warp);
     to_fiber(*fiber);
     running -= fiber->done;
   }
