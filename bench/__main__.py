@@ -90,7 +90,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="on a GPU instead: python -m bench --gpu --help")
     parser.add_argument("--list", action="store_true", help="tell the names and stop")
     parser.add_argument("--static", action="store_true", help="of ops with GPU kernels: compile, gate and count, without a GPU")
-    parser.add_argument("--record", action="store_true", help="append to bench/results and rewrite the README's table")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="append to bench/results and rewrite the README's table; of --static: rewrite static.csv",
+    )
     parser.add_argument("--threads", type=int, default=2, help="for everyone (2)")
     parser.add_argument("--repeat", type=int, default=20, help="rounds of a case (20); slow peers may cut them to 5, or 3")
     parser.add_argument("--size", type=int, default=SIZE, help=f"n and k ({SIZE}); others can't be recorded")

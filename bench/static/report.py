@@ -20,7 +20,7 @@ RESULTS = report.ROOT / "bench" / "results" / "static.csv"
 PROVENANCE = ("date", "commit", "nvcc", "triton", "bitsandbytes")
 FIGURES = (
     "op", "backend", "kernel", "target", "registers", "shared", "stack", "spills", "threads", "blocks", "occupancy",
-    "instructions", "per_element", "wide", "mma", "bytes", "met",
+    "instructions", "per_element", "wide", "mma", "bytes",
 )  # fmt: skip
 HEADER = (
     "op", "backend", "kernel", "target", "regs", "shared", "spills", "instr", "instr/elt", "128-bit", "MMA", "blocks/SM",
@@ -84,8 +84,13 @@ def cells(row: Row) -> tuple[str, ...]:
         row.mma,
         "" if row.blocks is None else str(row.blocks),
         "" if row.occupancy is None else f"{row.occupancy:.0%}",
-        row.met if row.backend != peers.PACKAGE else "",
+        verdict(row),
     )
+
+
+def verdict(row: Row) -> str:
+    """Of its gate; bitsandbytes has none."""
+    return "" if row.backend == peers.PACKAGE else row.met
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -100,8 +105,8 @@ def write(rows: Iterable[Row], path: Path) -> None:
     provenance = (where.date, where.commit, nvcc.release(), version("triton"), where.versions[peers.PACKAGE])
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    out.writerow((*PROVENANCE, *FIGURES))
+    out.writerow((*PROVENANCE, *FIGURES, "gate"))
     for row in rows:
-        values = (getattr(row, name) for name in FIGURES)
+        values = (*(getattr(row, name) for name in FIGURES), verdict(row))
         out.writerow((*provenance, *("" if v is None else f"{v:.4g}" if isinstance(v, float) else v for v in values)))
     write_file(path, text.getvalue().encode())
