@@ -58,10 +58,12 @@ def test_use_names_what_can_be_forced():
     with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda, triton .*got 'gpu'"):
         with peftk.use("gpu"):
             raise AssertionError("must not run")
-    with pytest.raises(RuntimeError, match="nf4_dequantize can't run: triton: this op has no such implementation"):
-        w4 = peftk.quantize_nf4(torch.ones(64))
+    with pytest.raises(RuntimeError, match="philox_dropout can't run: triton: this op has no such implementation"):
         with peftk.use("triton"):
-            w4.dequantize()
+            peftk.ops.philox_dropout(torch.ones(64), 0.5, 1)
+    with pytest.raises(RuntimeError, match="nf4_quantize can't run: cuda: "):
+        with peftk.use("cuda"):
+            peftk.quantize_nf4(torch.ones(64))
 
 
 @needs_native
