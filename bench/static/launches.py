@@ -24,9 +24,10 @@ COUNTS = (4096, 1001)  # elements: whole tiles of 16-byte accesses; ragged, whic
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: what decides how Triton compiles the kernel."""
+    """One call of a door's ``launch``."""
 
     kernel: Any  # a @triton.jit function
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
@@ -51,8 +52,7 @@ class Recorder(gpu.TritonDoor):
     """A door that writes down what would have been launched; results stay as they were allocated."""
 
     def __init__(self) -> None:
-        self.launches: dict[str, Launch] = {}  # by name
-        self.count = 0
+        self.launches: list[Launch] = []
 
     def why_not(self) -> str:
         return triton_aot.why_not()
@@ -61,9 +61,15 @@ class Recorder(gpu.TritonDoor):
         return [why] if (why := self.why_not()) else []
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        launch = Launch(kernel, arguments, options)
-        self.launches.setdefault(launch.name, launch)
-        self.count += 1
+        self.launches.append(Launch(kernel, grid, arguments, options))
+
+
+def launched(call: Callable[[], Any]) -> list[Launch]:
+    """What ``call`` launches with Triton."""
+    recorder = Recorder()
+    with gpu.through("triton", recorder), peftk.use("triton"):
+        call()
+    return recorder.launches
 
 
 @cache
@@ -71,14 +77,14 @@ def recorded(op: str) -> tuple[Launch, ...]:
     """What the calls of an op launch, each specialisation once. RuntimeError where a call launches nothing."""
     if op not in CALLS:
         raise RuntimeError(f"bench/static/launches.py: no calls of {op}, which has Triton kernels")
-    recorder = Recorder()
-    with gpu.through("triton", recorder), peftk.use("triton"):
-        for call in CALLS[op]():
-            before = recorder.count
-            call()
-            if recorder.count == before:
-                raise RuntimeError(f"{op}: a call launched no Triton kernel through the door")
-    return tuple(recorder.launches.values())
+    by_name: dict[str, Launch] = {}
+    for call in CALLS[op]():
+        launches = launched(call)
+        if not launches:
+            raise RuntimeError(f"{op}: a call launched no Triton kernel through the door")
+        for launch in launches:
+            by_name.setdefault(launch.name, launch)
+    return tuple(by_name.values())
 
 
 def ops_with_triton() -> list[str]:

@@ -14,7 +14,7 @@
 
 namespace peftk::PEFTK_TIER {
 
-inline constexpr std::int64_t kSideBySideUpTo = 16;  // rows of x; at 32 panels take 13 % less time
+inline constexpr std::int64_t kSideBySideUpTo = 16;  // rows of x; at 32 panels take 12 % less time
 inline constexpr int kTogetherX = 4;                 // rows of x at once
 inline constexpr int kTogetherW = 2 * kLanes;        // rows of W that a piece of x in the first-level cache meets
 inline constexpr std::int64_t kPieces = 4096;        // elements of x in a piece: 16 KB

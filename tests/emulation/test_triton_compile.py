@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.static import triton_aot
-from emulation.launches import Launch, recorded
+from bench.static.launches import Launch, launched
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, nf4_dequantize, nf4_quantize
 
 if triton_aot.why_not():
@@ -33,7 +33,7 @@ def launch(op: str, dtype: str = "bf16", block_size: int = 64, nested: bool = Tr
     packed = shifted(torch.zeros, COUNT // 2, dtype=torch.uint8, aligned=aligned)
     nesting = (torch.zeros(-(-blocks // 256)), torch.zeros(())) if nested else (None, None)
     absmax = torch.zeros(blocks, dtype=torch.uint8 if nested else torch.float32)
-    (made,) = recorded(
+    (made,) = launched(
         {
             "nf4_quantize": lambda: nf4_quantize(floats, block_size, code),
             "nf4_dequantize": lambda: nf4_dequantize(packed, absmax, *nesting, (COUNT,), block_size, code, out=floats),

@@ -12,8 +12,8 @@ from numerics import row_scaled
 
 import peftk
 from bench.static import triton_aot
+from bench.static.launches import launched
 from emulation import doors
-from emulation.launches import recorded
 from emulation.ptx import Memory, OutOfBounds, Program
 from emulation.triton_door import PtxDoor, declared, laid_out
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
@@ -147,7 +147,7 @@ def test_no_elements_launch_nothing():
         lambda: nf4_quantize(none), lambda: nf4_dequantize(byte, none, None, None, (0, 4)),
         lambda: blockwise8_quantize(none), lambda: blockwise8_dequantize(byte, none),
     )  # fmt: skip
-    assert [recorded(call) for call in calls] == [[], [], [], []]
+    assert [launched(call) for call in calls] == [[], [], [], []]
 
 
 def test_block_sizes_that_the_kernels_refuse():
@@ -181,7 +181,7 @@ def test_indices_beyond_32_bits(op):
         "w": 2 * tile, "x": 2 * tile, "out": 2 * tile, "packed": tile // 2, "codes": tile,
         "absmax": tile // 64 * (1 if op == "nf4_dequantize" else 4), "absmax_scale": tile // 64 / 256 * 4,
     }  # fmt: skip
-    (launch,) = recorded(call)
+    (launch,) = launched(call)
     made = triton_aot.compiled(launch.kernel, 80, launch.arguments, launch.options)
     ptx, reads = re.subn(r"%ctaid\.x;", f"{TILES};", made.asm["ptx"])
     assert reads == 1
@@ -218,7 +218,7 @@ class Moved:
 
 def test_an_access_outside_a_tensor_is_a_fault():
     packed = torch.zeros(64, dtype=torch.uint8)
-    (launch,) = recorded(lambda: nf4_dequantize(packed, torch.ones(2), None, None, (128,)))
+    (launch,) = launched(lambda: nf4_dequantize(packed, torch.ones(2), None, None, (128,)))
     arguments = list(launch.arguments)
     position = launch.kernel.arg_names.index("out")
     arguments[position] = arguments[position][:127]
