@@ -60,6 +60,10 @@ class Recorder(gpu.TritonDoor):
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
         return [why] if (why := self.why_not()) else []
 
+    def model(self, device: torch.device) -> gpu.GpuModel:
+        """Which regime an op takes, as on that GPU."""
+        return gpu.GpuModel("NVIDIA A100 (recorded)", (8, 0), 108)
+
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.launches.append(Launch(kernel, grid, arguments, options))
 

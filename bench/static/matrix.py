@@ -24,24 +24,25 @@ class Job:
     op: str
     backend: str
     target: str
-    launch: int = 0  # of launches.recorded(op)
+    number: int = 0  # of launches.recorded(op), or of cuda_sources(op)
 
     def __str__(self) -> str:
-        return f"{self.op} {self.backend} {self.target}" + (f" launch {self.launch}" if self.backend == "triton" else "")
+        what = f"launch {self.number}" if self.backend == "triton" else cuda_sources(self.op)[self.number].name
+        return f"{self.op} {self.backend} {self.target} {what}"
 
 
 def triton_targets() -> list[str]:
     return [f"sm_{number}" for number in triton_aot.CUDA_TARGETS] + list(triton_aot.HIP_TARGETS)
 
 
-def cuda_source(op: str) -> Path:
-    return nvcc.ROOT / "csrc" / "ops" / op / "cuda.cu"
+def cuda_sources(op: str) -> list[Path]:
+    return sorted((nvcc.ROOT / "csrc" / "ops" / op).glob("cuda*.cu"))
 
 
 def ops(backend: str) -> list[str]:
     """Ops that have kernels of it."""
     if backend == "cuda":
-        return sorted(path.parent.name for path in cuda_source("x").parents[1].glob("*/cuda.cu"))
+        return sorted({path.parent.name for path in (nvcc.ROOT / "csrc" / "ops").glob("*/cuda*.cu")})
     return launches.ops_with_triton()
 
 
@@ -52,7 +53,13 @@ def why_not() -> str:
 
 def jobs(chosen: Sequence[str] | None = None) -> list[Job]:
     """All of these ops (None: of every op)."""
-    cuda = [Job(op, "cuda", target) for op in ops("cuda") if chosen is None or op in chosen for target in nvcc.TARGETS]
+    cuda = [
+        Job(op, "cuda", target, source)
+        for op in ops("cuda")
+        if chosen is None or op in chosen
+        for source in range(len(cuda_sources(op)))
+        for target in nvcc.TARGETS
+    ]
     triton = [
         Job(op, "triton", target, launch)
         for op in ops("triton")
@@ -65,10 +72,10 @@ def jobs(chosen: Sequence[str] | None = None) -> list[Job]:
 
 def covering(every: Sequence[Job]) -> list[Job]:
     """A sample that holds every source and every launch for sm_80, and each of them for one more target, in turn."""
-    sources = list(dict.fromkeys((job.backend, job.op, job.launch) for job in every))
+    sources = list(dict.fromkeys((job.backend, job.op, job.number) for job in every))
     sample = []
     for number, source in enumerate(sources):
-        same = [job for job in every if (job.backend, job.op, job.launch) == source]
+        same = [job for job in every if (job.backend, job.op, job.number) == source]
         others = [job for job in same if job.target != "sm_80"]
         sample += [job for job in same if job.target == "sm_80"] + [others[number % len(others)]]
     return sample
@@ -88,15 +95,15 @@ def rows(work: Iterable[Job], table: Sequence[Gate], processes: int = PROCESSES)
 def run(job: Job, table: Sequence[Gate]) -> list[Row]:
     """Compile and judge. RuntimeError with the compiler's words where it can't."""
     if job.backend == "cuda":
-        return judged(nvcc.compiled(cuda_source(job.op), job.target), job.op, "cuda", job.target, table)
+        return judged(nvcc.compiled(cuda_sources(job.op)[job.number], job.target), job.op, "cuda", job.target, table)
     os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON_STORE))
-    launch = launches.recorded(job.op)[job.launch]
+    launch = launches.recorded(job.op)[job.number]
     target = int(job.target.removeprefix("sm_")) if job.target.startswith("sm_") else job.target
     compiled = launch.compiled(target)
     if isinstance(target, str):
         return [_judged_amd(compiled.asm["amdgcn"], launch.name, job, table)]
     TRITON_STORE.mkdir(parents=True, exist_ok=True)
-    cubin = TRITON_STORE / f"{job.op}-{job.launch}-{job.target}-{os.getpid()}.cubin"
+    cubin = TRITON_STORE / f"{job.op}-{job.number}-{job.target}-{os.getpid()}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     try:
         return judged(cubin, job.op, "triton", job.target, table, launch.name, compiled.metadata.shared)

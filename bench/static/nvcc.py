@@ -1,4 +1,4 @@
-"""nvcc, ahead of time: csrc/ops/<op>/cuda.cu -> PTX or cubin, kept under build/ by what they were made from."""
+"""nvcc, ahead of time: csrc/ops/<op>/cuda*.cu -> PTX or cubin, kept under build/ by what they were made from."""
 
 from __future__ import annotations
 

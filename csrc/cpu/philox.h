@@ -1,9 +1,9 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 4 random words from a 128-bit counter and a
-// 64-bit key, no state. Word i % 4 of counter i / 4 belongs to element i, on every backend.
+// Philox (format/philox.h) by vectors of counters.
 #pragma once
 #include <cstdint>
 
 #include "cpu/tile.h"
+#include "format/philox.h"
 
 namespace peftk::PEFTK_TIER {
 
@@ -20,8 +20,8 @@ inline PhiloxWords philox(std::uint64_t first, std::uint64_t key) {
   }
   U32 c0 = load_cells(low), c1 = load_cells(high), c2 = zero_bits(), c3 = zero_bits();
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
-  for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const WideProduct p0 = multiply_wide(c0, 0xD2511F53u), p1 = multiply_wide(c2, 0xCD9E8D57u);
+  for (int round = 0; round < kPhiloxRounds; round++, k0 += kPhiloxKeyStep0, k1 += kPhiloxKeyStep1) {
+    const WideProduct p0 = multiply_wide(c0, kPhiloxFactor0), p1 = multiply_wide(c2, kPhiloxFactor1);
     c0 = p1.high ^ c1 ^ words(k0);
     c2 = p0.high ^ c3 ^ words(k1);
     c1 = p1.low;

@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,42 @@ from peftk.ops.dispatch import Implementation
 
 LEAST_CAPABILITY = (7, 5)  # Turing: the oldest GPU that the CUDA build and Triton serve
 LEAST_TRITON = (3, 4)  # 3.2 has no tl.gather, the compiler of 3.3.1 fails on it
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """What a choice between kernels is made by."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+@cache
+def model_of(index: int) -> GpuModel:
+    """Of the CUDA device with that index."""
+    facts = torch.cuda.get_device_properties(index)
+    return GpuModel(facts.name, (facts.major, facts.minor), facts.multi_processor_count)
+
+
+def tensors_in(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """Every tensor of nested lists and tuples."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from tensors_in(argument)
+
+
+def mapped(argument: Any, change: Callable[[torch.Tensor | None], Any]) -> Any:
+    """Nested lists and tuples with ``change`` of each tensor and None, numbers as they are."""
+    if isinstance(argument, (list, tuple)):
+        return (
+            [mapped(one, change) for one in argument]
+            if isinstance(argument, list)
+            else tuple(mapped(one, change) for one in argument)
+        )
+    return change(argument) if argument is None or isinstance(argument, torch.Tensor) else argument
 
 
 class CudaDoor:
@@ -38,12 +75,15 @@ class CudaDoor:
         """Why a kernel can't take these tensors."""
         return [why] if (why := self.why_not()) else reasons_against_device(*tensors)
 
+    def model(self, device: torch.device) -> GpuModel:
+        return model_of(device.index)
+
     def call(self, op: str, *arguments: Any) -> None:
-        """``cuda_<op>`` with tensors as addresses and None as 0, on the current stream of the first tensor's device."""
-        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-        wired = [address(a) if a is None or isinstance(a, torch.Tensor) else a for a in arguments]
+        """``cuda_<op>`` with tensors as addresses and None as 0, in lists and tuples as well, on the current stream of the first
+        tensor's device."""
+        device = next(tensors_in(arguments)).device
         with torch.cuda.device(device):
-            getattr(native(), f"cuda_{op}")(*wired, torch.cuda.current_stream(device).cuda_stream)
+            getattr(native(), f"cuda_{op}")(*mapped(arguments, address), torch.cuda.current_stream(device).cuda_stream)
 
 
 class TritonDoor:
@@ -64,10 +104,12 @@ class TritonDoor:
         """Why a kernel can't take these tensors."""
         return [why] if (why := self.why_not()) else reasons_against_device(*tensors)
 
+    def model(self, device: torch.device) -> GpuModel:
+        return model_of(device.index)
+
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """``kernel[grid](*arguments, **options)`` on the first tensor's device; options are constexprs, num_warps, num_stages."""
-        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-        with torch.cuda.device(device):
+        with torch.cuda.device(next(tensors_in(arguments)).device):
             kernel[grid](*arguments, **options)
 
 

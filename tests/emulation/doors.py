@@ -29,8 +29,11 @@ class RealCuda(gpu.CudaDoor):
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
         return [why] if (why := self.why_not()) else []
 
+    def model(self, device: torch.device) -> gpu.GpuModel:
+        return gpu.model_of(torch.cuda.current_device())
+
     def call(self, op: str, *arguments: Any) -> None:
-        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+        there = gpu.mapped(arguments, on_gpu)
         super().call(op, *there)
         copy_back(arguments, there)
 
@@ -41,16 +44,27 @@ class RealTriton(gpu.TritonDoor):
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
         return [why] if (why := self.why_not()) else []
 
+    def model(self, device: torch.device) -> gpu.GpuModel:
+        return gpu.model_of(torch.cuda.current_device())
+
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+        there = gpu.mapped(arguments, on_gpu)
         super().launch(kernel, grid, *there, **options)
         copy_back(arguments, there)
 
 
+def on_gpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy with the same strides, which kernels are told."""
+    if tensor is None or not tensor.numel():
+        return tensor if tensor is None else tensor.cuda()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((extent,), (1,)).cuda().as_strided(tensor.shape, tensor.stride())
+
+
 def copy_back(here: Any, there: Any) -> None:
     """What a kernel may have written."""
-    for ours, theirs in zip(here, there, strict=True):
-        if isinstance(ours, torch.Tensor) and ours.numel():
+    for ours, theirs in zip(gpu.tensors_in(here), gpu.tensors_in(there), strict=True):
+        if ours.numel():
             ours.copy_(theirs)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from bench.static import triton_aot
 from emulation.ptx import Memory, Program
+from peftk.ops import gpu
 
 PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}  # Triton's types as struct's
 
@@ -33,6 +34,10 @@ class PtxDoor:
         """Why a kernel can't take these tensors."""
         elsewhere = [f"a tensor is on {t.device}" for t in tensors if t is not None and not t.is_cpu]
         return [why] if (why := self.why_not()) else elsewhere[:1]
+
+    def model(self, device: torch.device) -> gpu.GpuModel:
+        """Which regime an op takes here, as on that GPU."""
+        return gpu.GpuModel("NVIDIA A100 (emulated)", (8, 0), 108)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """``kernel[grid](*arguments, **options)``. A Fault is raised for any access outside the tensors' own bytes."""

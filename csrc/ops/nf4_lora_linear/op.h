@@ -49,4 +49,48 @@ PEFTK_EVERY_TIER(void nf4_lora_linear_backward(const std::vector<std::tuple<Weig
                                                void* dz,    // (m, k), or nullptr
                                                int threads);)
 
+namespace cuda {
+// The thin products beside W, on the device of `stream`, without waiting for it, a list of them (16 at most) in one launch. D is
+// dropout on a matrix with c columns, whose mask its elements' flat indices give. Sums in fp32 in a fixed order.
+using Shrink = std::tuple<const void*,    // wide (m, c)
+                          std::int64_t,   // elements from row to row of it
+                          std::int64_t,   // c
+                          const void*,    // factor (c, r)
+                          std::int64_t,   // elements from row to row of it
+                          std::int64_t,   // elements from column to column of it
+                          std::int64_t,   // r
+                          float,          // scale
+                          std::uint32_t,  // p * 2^32
+                          float,          // 1 / (1 - p)
+                          std::uint64_t,  // seed
+                          void*>;         // out (m, r) = scale * D(wide) factor
+using Outer = std::tuple<const void*,     // thin (m, r)
+                         std::int64_t,    // r
+                         const void*,     // wide (m, c)
+                         std::int64_t,    // elements from row to row of it
+                         std::int64_t,    // c
+                         float,           // scale
+                         std::uint32_t,   // p * 2^32
+                         float,           // 1 / (1 - p)
+                         std::uint64_t,   // seed
+                         void*,           // out (r, c) = scale * thin^T D(wide)
+                         std::int64_t,    // elements from row to row of it
+                         std::int64_t,    // elements from column to column of it
+                         int>;            // its dtype
+
+// S = D(z) A^T and T = scale dy B. split: runs of c, whose sums a second kernel adds.
+void nf4_lora_linear_shrink(const std::vector<Shrink>& products, std::int64_t m,
+                            int dtype,  // of wide, factor and out
+                            int split,
+                            float* partial,  // (split * m * (sum of r),), or nullptr where split is 1
+                            void* stream);
+
+// dA = T^T D(z) and dB = scale dy^T S. split: runs of m, whose sums a second kernel adds.
+void nf4_lora_linear_outer(const std::vector<Outer>& products, std::int64_t m,
+                           int dtype,  // of thin and wide
+                           int split,
+                           float* partial,  // (split * (sum of r * c),), or nullptr where split is 1
+                           void* stream);
+}  // namespace cuda
+
 }  // namespace peftk

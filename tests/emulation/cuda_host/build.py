@@ -1,4 +1,4 @@
-"""g++ builds csrc/ops/*/cuda.cu against the shim of this folder: a pybind11 module under build/, kept by its ingredients."""
+"""g++ builds csrc/ops/*/cuda*.cu against the shim of this folder: a pybind11 module under build/, kept by its ingredients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def why_not() -> str:
 
 def op_sources() -> list[Path]:
     """What the module of the ops is made of."""
-    return [*sorted((ROOT / "csrc/ops").glob("*/cuda.cu")), *sorted((ROOT / "csrc/format").glob("*.cpp")), HERE / "bindings.cpp"]
+    return [*sorted((ROOT / "csrc/ops").glob("*/cuda*.cu")), *sorted((ROOT / "csrc/format").glob("*.cpp")), HERE / "bindings.cpp"]
 
 
 def module(sources: Sequence[Path] | None = None, name: str = "cuda_host", sanitize: bool = False) -> types.ModuleType:

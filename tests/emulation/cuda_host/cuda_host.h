@@ -57,6 +57,10 @@ T __ldcs(const T* data) {
   return cuda_host::aligned(data);
 }
 template <class T>
+T __ldg(const T* data) {
+  return cuda_host::aligned(data);
+}
+template <class T>
 void __stcs(T* data, T value) {
   cuda_host::aligned(data) = value;
 }
@@ -96,6 +100,7 @@ inline float __uint_as_float(std::uint32_t bits) {
 inline float canonical(float x) { return x == x ? x : __uint_as_float(0x7fffffffu); }  // arithmetic on a GPU knows one NaN
 inline float __fmul_rn(float a, float b) { return canonical(a * b); }
 inline float __fadd_rn(float a, float b) { return canonical(a + b); }
+inline float __fsub_rn(float a, float b) { return canonical(a - b); }
 inline float __frcp_rn(float a) { return canonical(1.0f / a); }
 inline float __fmaf_rn(float a, float b, float c) { return canonical(std::fmaf(a, b, c)); }
 inline float __fmaf_rd(float a, float b, float c) {
@@ -138,6 +143,71 @@ inline float from_f16(std::uint16_t h) {
   float size = std::ldexp(static_cast<float>(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
   if (exponent == 31) size = fraction ? __uint_as_float(0x7fffffffu) : HUGE_VALF;
   return h & 0x8000 ? -size : size;
+}
+
+}  // namespace cuda_host
+
+namespace cuda_host {
+
+// c (16, 8) += a (16, 16) b (16, 8) by a warp, fragments as csrc/cuda/mma.cuh has them; `widen` gives an element's number. Products
+// and their sum in fp64, one rounding: as in the PTX emulator.
+template <class Widen>
+void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Widen widen) {
+  struct Fragments {
+    std::uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof(a));
+  std::memcpy(mine.b, b, sizeof(b));
+  const auto of = gather("mma", mine);
+  const int lane = static_cast<int>(threadIdx.x) & 31, g = lane / 4, t = lane % 4;
+  const auto half = [&](std::uint32_t pair, int which) { return static_cast<double>(widen(pair >> 16 * which & 0xffff)); };
+  for (int i = 0; i < 4; i++) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; k++) {
+      const int pair = k % 8 / 2, high = k / 8;
+      sum += half(of[4 * (row % 8) + pair].a[2 * high + row / 8], k % 2) * half(of[4 * column + pair].b[high], k % 2);
+    }
+    c[i] = canonical(static_cast<float>(sum + c[i]));
+  }
+}
+
+inline void load_four(std::uint32_t (&out)[4], const void* row, bool transposed) {
+  const auto rows = gather("ldmatrix", row);
+  const int lane = static_cast<int>(threadIdx.x) & 31, g = lane / 4, t = lane % 4;
+  const auto element = [&](int matrix, int r, int column) -> std::uint32_t {
+    if (reinterpret_cast<std::uintptr_t>(rows[8 * matrix + r]) % 16) throw std::runtime_error("ldmatrix: a misaligned row");
+    return static_cast<const std::uint16_t*>(rows[8 * matrix + r])[column];
+  };
+  for (int i = 0; i < 4; i++)
+    out[i] = transposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
+                        : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
+  sync_warp(~0u);  // no lane goes on and writes to shared memory before all have read
+}
+inline void load_matrices(std::uint32_t (&out)[4], const void* row) { load_four(out, row, false); }
+inline void load_matrices_transposed(std::uint32_t (&out)[4], const void* row) { load_four(out, row, true); }
+
+inline void copy_async(void* shared, const void* global, int bytes = 16) {
+  if (reinterpret_cast<std::uintptr_t>(shared) % 16 || reinterpret_cast<std::uintptr_t>(global) % 16)
+    throw std::runtime_error("cp.async: a misaligned address");
+  if (bytes < 0 || bytes > 16) throw std::runtime_error("cp.async: expected 0 to 16 bytes, got " + std::to_string(bytes));
+  async_copies().open.push_back({shared, global, bytes});
+}
+inline void commit_copies() {
+  auto& copies = async_copies();
+  copies.groups.push_back(std::move(copies.open));
+  copies.open.clear();
+}
+template <int kUnderWay>
+void wait_copies() {
+  auto& groups = async_copies().groups;
+  while (groups.size() > kUnderWay) {
+    for (const auto& copy : groups.front()) {
+      std::memset(copy.shared, 0, 16);
+      std::memcpy(copy.shared, copy.global, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 }  // namespace cuda_host

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import zlib
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from bench.static import nvcc
 from emulation.cuda_host import build
 from peftk.native import address
+from peftk.ops import gpu
 
 TARGET = "sm_80"
 
@@ -23,6 +25,9 @@ TARGET = "sm_80"
 def host_module() -> Any:
     """The ops' host build; with sanitizers where the environment has PEFTK_CUDA_HOST_SANITIZE=1."""
     return build.module(sanitize=os.environ.get("PEFTK_CUDA_HOST_SANITIZE") == "1")
+
+
+MODEL = gpu.GpuModel("NVIDIA A100 (emulated)", (8, 0), 108)  # which regime an op takes here, as on that GPU
 
 
 class HostDoor:
@@ -37,9 +42,12 @@ class HostDoor:
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
         return [why] if (why := self.why_not()) else []
 
+    def model(self, device: torch.device) -> gpu.GpuModel:
+        return MODEL
+
     def call(self, op: str, *arguments: Any) -> None:
         """``cuda_<op>`` with tensors as addresses and None as 0."""
-        numbers = [a for a in arguments if not isinstance(a, torch.Tensor)]
+        numbers = gpu.mapped(arguments, lambda tensor: None)
         host_module().set_seed(self.seed + zlib.crc32(repr((op, numbers)).encode()))
         _call(op, arguments)
 
@@ -56,13 +64,16 @@ class PtxDoor:
     def reasons_against(self, *tensors: torch.Tensor | None) -> list[str]:
         return [why] if (why := self.why_not()) else []
 
+    def model(self, device: torch.device) -> gpu.GpuModel:
+        return MODEL
+
     def call(self, op: str, *arguments: Any) -> None:
         """``cuda_<op>``; each kernel may touch the bytes of the tensors among the arguments and no others."""
         ptx = importlib.import_module("emulation.ptx")
         memory = ptx.Memory()
-        for position, tensor in enumerate(arguments):
-            if isinstance(tensor, torch.Tensor) and tensor.numel():
-                memory.allow(tensor.data_ptr(), _extent(tensor), f"argument {position} of {op}")
+        for position, tensor in enumerate(gpu.tensors_in(arguments)):
+            if tensor.numel():
+                memory.allow(tensor.data_ptr(), _extent(tensor), f"tensor {position} of {op}")
         self.reports = []
 
         def launch(symbol: str, grid: tuple, block: tuple, shared_bytes: int, parameters: list[bytes]) -> None:
@@ -76,10 +87,12 @@ class PtxDoor:
             host_module().set_receiver(None)
 
 
-def source_of(op: str) -> Path:
-    """csrc/ops/<folder>/cuda.cu with the longest folder's name that ``op`` starts with: nf4_linear_dx lies in nf4_linear."""
-    folders = [p.parent for p in build.op_sources() if p.name == "cuda.cu" and op.startswith(p.parent.name)]
-    return max(folders, key=lambda folder: len(folder.name)) / "cuda.cu"
+@cache
+def source_of(function: str) -> Path:
+    """The file of csrc/ops that defines ``void <function>(…)``."""
+    define = re.compile(rf"^void {function}\(", re.MULTILINE)
+    (source,) = [p for p in build.op_sources() if p.suffix == ".cu" and define.search(p.read_text())]
+    return source
 
 
 @cache
@@ -94,5 +107,4 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _call(op: str, arguments: tuple) -> None:
-    wired = [address(a) if a is None or isinstance(a, torch.Tensor) else a for a in arguments]
-    getattr(host_module(), f"cuda_{op}")(*wired, 0)
+    getattr(host_module(), f"cuda_{op}")(*gpu.mapped(arguments, address), 0)

@@ -26,6 +26,7 @@ struct Fiber : Thread {
   void* fake_stack = nullptr;  // AddressSanitizer's
   int number;                  // in the block
   bool done;
+  AsyncCopies copies;
   std::string waits_for;  // empty where it can run
 };
 
@@ -154,6 +155,7 @@ void start(Fiber& fiber, int number) {
   fiber.index = {number % dim.x, number / dim.x % dim.y, number / (dim.x * dim.y)};
   fiber.done = false;
   fiber.waits_for.clear();
+  fiber.copies = {};
   fiber.fake_stack = nullptr;
   if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
   getcontext(&fiber.context);
@@ -237,6 +239,17 @@ unsigned ballot(unsigned mask, bool predicate) {
   for (int lane = 0; lane < kWarp; lane++) votes |= static_cast<unsigned>(meeting->values[lane] == "1") << lane;
   return votes;
 }
+
+void gather_bytes(const char* what, const void* mine, std::size_t size, void* all) {
+  const auto meeting = meet_lanes(~0u, what, std::string(static_cast<const char*>(mine), size));
+  for (int lane = 0; lane < kWarp; lane++) {
+    if (meeting->values[lane].size() != size)
+      throw std::runtime_error(std::string(what) + ": lane " + std::to_string(lane) + " has no value to give");
+    std::memcpy(static_cast<char*>(all) + lane * size, meeting->values[lane].data(), size);
+  }
+}
+
+AsyncCopies& async_copies() { return device.current->copies; }
 
 void* shared_bytes(const void* name, std::size_t size) {
   auto found = device.shared.find(name);

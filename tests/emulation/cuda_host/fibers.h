@@ -2,6 +2,7 @@
 // until a barrier or a warp's exchange; so code that needs a barrier and lacks it gives other results with another seed, and a
 // barrier that some thread never reaches is an error that says where.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -39,6 +40,27 @@ T exchange(unsigned mask, const char* what, T value, int lane) {
   exchange_bytes(mask, what, &value, sizeof(T), lane);
   return value;
 }
+
+// Waits for the whole warp; then the value of every lane.
+void gather_bytes(const char* what, const void* mine, std::size_t size, void* all);
+template <class T>
+std::array<T, 32> gather(const char* what, const T& value) {
+  std::array<T, 32> all;
+  gather_bytes(what, &value, sizeof(T), all.data());
+  return all;
+}
+
+// A thread's asynchronous copies are done when it waits for their group, no sooner: what reads too early sees what was there.
+struct AsyncCopies {
+  struct Copy {
+    void* shared;
+    const void* global;
+    int bytes;
+  };
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;  // not yet in a group
+};
+AsyncCopies& async_copies();  // of the running thread
 
 void* shared_bytes(const void* name, std::size_t size);  // of the running block, the same for all its threads; poisoned
 void* dynamic_shared();                                  // the launch's own, poisoned at each block's start
