@@ -35,6 +35,17 @@ def count_below(x, heap, LEVELS: tl.constexpr):
     return node - (1 << LEVELS)
 
 
+@triton.jit
+def keeps(element, drop_below, seed):
+    """Whether dropout (philox_dropout) keeps the elements of these flat int64 indices; drop_below: p * 2^32 as uint32. A word an
+    element: four neighbours make the same counter."""
+    counter = element >> 2
+    zero = tl.zeros(counter.shape, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, 10)
+    word = tl.where((element & 2) != 0, tl.where((element & 1) != 0, w3, w2), tl.where((element & 1) != 0, w1, w0))
+    return word >= drop_below
+
+
 def in_heap_order(thresholds: Sequence[float]) -> list[float]:
     """2^levels - 1 ascending numbers as a binary tree: the root at 1, the children of i at 2i and 2i + 1; 0 is unused."""
     leaves = len(thresholds) + 1
