@@ -155,10 +155,10 @@ def reasons_against_device(*tensors: torch.Tensor | None) -> list[str]:
     return []
 
 
-def triton_implementation(op: str, reasons_against: Callable[..., list[str]]) -> Implementation:
-    """peftk/ops/<op>/triton_kernel.py as an implementation; Triton is imported at the first run."""
+def triton_implementation(op: str, reasons_against: Callable[..., list[str]], function: str = "run") -> Implementation:
+    """A function of peftk/ops/<op>/triton_kernel.py as an implementation; Triton is imported at the first run."""
 
     def run(*arguments: Any) -> Any:
-        return importlib.import_module(f"peftk.ops.{op}.triton_kernel").run(*arguments)
+        return getattr(importlib.import_module(f"peftk.ops.{op}.triton_kernel"), function)(*arguments)
 
     return Implementation("triton", run, reasons_against)

@@ -11,20 +11,25 @@ multiplied by bf16 dot products where the machine has them; fp16 x always in fp3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, overload
 
 import torch
 
 from peftk.format.nf4 import NF4Weight
-from peftk.ops import dispatch, library
+from peftk.ops import dispatch, gpu, library
 from peftk.ops.nf4_dequantize import check_constants
-from peftk.ops.nf4_linear import autograd, cpu, reference
+from peftk.ops.nf4_linear import autograd, cpu, cuda, on_gpu, reference
 
-TABLE = (cpu.FORWARD, reference.FORWARD)
-TABLE_DX = (cpu.DX, reference.DX)
-TABLE_MANY = (cpu.MANY, reference.MANY)
-TABLE_MANY_DX = (cpu.MANY_DX, reference.MANY_DX)
+
+def _triton(function: str, reasons: Callable[..., list[str]]) -> dispatch.Implementation:
+    return gpu.triton_implementation("nf4_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function)
+
+
+TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against), reference.FORWARD)
+TABLE_DX = (cpu.DX, cuda.DX, _triton("run_dx", on_gpu.reasons_against), reference.DX)
+TABLE_MANY = (cpu.MANY, cuda.MANY, _triton("run_many", on_gpu.reasons_against_many), reference.MANY)
+TABLE_MANY_DX = (cpu.MANY_DX, cuda.MANY_DX, _triton("run_many_dx", on_gpu.reasons_against_many), reference.MANY_DX)
 
 Bias: TypeAlias = torch.Tensor | None
 

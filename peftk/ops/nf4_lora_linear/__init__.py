@@ -9,21 +9,31 @@ nf4_lora_linear_many: several W with branches of their own that share x (q, k, v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
 
 from peftk.format.nf4 import NF4Weight
-from peftk.ops import dispatch, library
+from peftk.ops import dispatch, gpu, library
 from peftk.ops.nf4_linear import autocast_input, check_linear, check_many, facts_of, per_weight
-from peftk.ops.nf4_lora_linear import autograd, cpu, reference
+from peftk.ops.nf4_lora_linear import autograd, cpu, cuda, on_gpu, reference
 from peftk.ops.philox_dropout import draw_seed
 
-TABLE = (cpu.FORWARD, reference.FORWARD)
-TABLE_BACKWARD = (cpu.BACKWARD, reference.BACKWARD)
-TABLE_MANY = (cpu.MANY, reference.MANY)
-TABLE_MANY_BACKWARD = (cpu.MANY_BACKWARD, reference.MANY_BACKWARD)
+
+def _triton(function: str, reasons: Callable[..., list[str]]) -> dispatch.Implementation:
+    return gpu.triton_implementation("nf4_lora_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function)
+
+
+TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against), reference.FORWARD)
+TABLE_BACKWARD = (cpu.BACKWARD, cuda.BACKWARD, _triton("run_backward", on_gpu.reasons_against_backward), reference.BACKWARD)
+TABLE_MANY = (cpu.MANY, cuda.MANY, _triton("run_many", on_gpu.reasons_against_many), reference.MANY)
+TABLE_MANY_BACKWARD = (
+    cpu.MANY_BACKWARD,
+    cuda.MANY_BACKWARD,
+    _triton("run_many_backward", on_gpu.reasons_against_many_backward),
+    reference.MANY_BACKWARD,
+)
 
 
 @overload
