@@ -88,6 +88,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", nargs="*", help="what to time: of --list, or all")
     parser.add_argument("--gpu", action="store_true", help="on a GPU instead: python -m bench --gpu --help")
+    parser.add_argument("--regimes", action="store_true", help="which GPU kernel from how many rows on: --regimes --help")
     parser.add_argument("--list", action="store_true", help="tell the names and stop")
     parser.add_argument("--static", action="store_true", help="of ops with GPU kernels: compile, gate and count, without a GPU")
     parser.add_argument(
@@ -125,6 +126,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if "--regimes" in argv:
+        importlib.import_module("bench.gpu.regimes").main([word for word in argv if word != "--regimes"])
+        return
     if "--gpu" in argv:
         importlib.import_module("bench.gpu.run").main([word for word in argv if word != "--gpu"])
         return

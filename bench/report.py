@@ -223,13 +223,18 @@ def limit_cells(limits: Limits) -> dict[str, str]:
 
 
 def rewrite_readme(results: Path, headlines: Mapping[str, str], readme: Path = ROOT / "README.md") -> None:
-    """Put a case of each bench between the two markers. ValueError, and an untouched README, where they are missing."""
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme}: expected one {BEGIN} and after it one {END}, which hold the table of results")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{markdown(read(results), headlines)}\n{END}{after}")
+    """Put a case of each bench between the two markers."""
+    rewrite_between(readme, BEGIN, END, markdown(read(results), headlines))
+
+
+def rewrite_between(path: Path, begin: str, end: str, table: str) -> None:
+    """Put ``table`` between a file's two markers. ValueError, and an untouched file, where they are missing."""
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path}: expected one {begin} and after it one {end}, which hold the table of results")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def markdown(rows: Sequence[dict[str, str]], headlines: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ MARK = "calculated, not measured"
 
 @dataclass(frozen=True)
 class Gpu:
-    """From the public data sheets: boost clock, dense rates."""
+    """From the public data sheets: boost clock, dense rates, L2 cache."""
 
     name: str
     capability: int
@@ -26,19 +26,20 @@ class Gpu:
     ghz: float
     gb_s: float
     tensor_tflop_s: float  # 16-bit inputs (fp16 on Turing, else bf16), fp32 sums
+    l2_mb: float
 
 
 GPUS = (
-    Gpu("T4", 75, 40, 1.590, 320, 65),  # NVIDIA T4 data sheet; Turing whitepaper
-    Gpu("A100", 80, 108, 1.410, 2039, 312),  # A100 80 GB SXM data sheet; Ampere whitepaper
-    Gpu("A10", 86, 72, 1.695, 600, 125),  # A10 data sheet
-    Gpu("RTX 3090", 86, 82, 1.695, 936, 71),  # GA102 whitepaper
-    Gpu("L4", 89, 58, 2.040, 300, 121),  # L4 data sheet: 242 with sparsity
-    Gpu("RTX 4090", 89, 128, 2.520, 1008, 165.2),  # Ada whitepaper
-    Gpu("H100", 90, 132, 1.830, 3350, 989),  # H100 SXM data sheet; the clock is that of its tensor rate
-    Gpu("H200", 90, 132, 1.830, 4800, 989),  # H200 SXM data sheet
-    Gpu("B200", 100, 148, 1.850, 8000, 2250),  # HGX B200 data sheet; the clock is that of its tensor rate
-    Gpu("RTX 5090", 120, 170, 2.407, 1792, 209.5),  # RTX Blackwell whitepaper
+    Gpu("T4", 75, 40, 1.590, 320, 65, 4),  # NVIDIA T4 data sheet; Turing whitepaper
+    Gpu("A100", 80, 108, 1.410, 2039, 312, 40),  # A100 80 GB SXM data sheet; Ampere whitepaper
+    Gpu("A10", 86, 72, 1.695, 600, 125, 6),  # A10 data sheet
+    Gpu("RTX 3090", 86, 82, 1.695, 936, 71, 6),  # GA102 whitepaper
+    Gpu("L4", 89, 58, 2.040, 300, 121, 48),  # L4 data sheet: 242 with sparsity
+    Gpu("RTX 4090", 89, 128, 2.520, 1008, 165.2, 72),  # Ada whitepaper
+    Gpu("H100", 90, 132, 1.830, 3350, 989, 50),  # H100 SXM data sheet; the clock is that of its tensor rate
+    Gpu("H200", 90, 132, 1.830, 4800, 989, 50),  # H200 SXM data sheet
+    Gpu("B200", 100, 148, 1.850, 8000, 2250, 126),  # HGX B200 data sheet; the clock is that of its tensor rate
+    Gpu("RTX 5090", 120, 170, 2.407, 1792, 209.5, 96),  # RTX Blackwell whitepaper
 )
 
 
