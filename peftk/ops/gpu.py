@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peftk.native import address, native, why_not_native
+from peftk.native import native, why_not_native
 from peftk.ops.dispatch import Implementation
 
 LEAST_CAPABILITY = (7, 5)  # Turing: the oldest GPU that the CUDA build and Triton serve
@@ -46,15 +46,16 @@ def tensors_in(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
             yield from tensors_in(argument)
 
 
-def mapped(argument: Any, change: Callable[[torch.Tensor | None], Any]) -> Any:
-    """Nested lists and tuples with ``change`` of each tensor and None, numbers as they are."""
-    if isinstance(argument, (list, tuple)):
-        return (
-            [mapped(one, change) for one in argument]
-            if isinstance(argument, list)
-            else tuple(mapped(one, change) for one in argument)
-        )
-    return change(argument) if argument is None or isinstance(argument, torch.Tensor) else argument
+def wired(argument: Any) -> Any:
+    """An argument as C++ takes it, in nested lists and tuples as well: a tensor's address, 0 for None, a number as it is."""
+    kind = type(argument)
+    if kind is int or kind is float:
+        return argument
+    if kind is tuple:
+        return tuple([wired(part) for part in argument])
+    if kind is list:
+        return [wired(part) for part in argument]
+    return 0 if argument is None else argument.data_ptr()
 
 
 class CudaDoor:
@@ -83,7 +84,7 @@ class CudaDoor:
         tensor's device."""
         device = next(tensors_in(arguments)).device
         with torch.cuda.device(device):
-            getattr(native(), f"cuda_{op}")(*mapped(arguments, address), torch.cuda.current_stream(device).cuda_stream)
+            getattr(native(), f"cuda_{op}")(*wired(arguments), torch.cuda.current_stream(device).cuda_stream)
 
 
 class TritonDoor:

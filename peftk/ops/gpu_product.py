@@ -4,7 +4,7 @@ torch's own product. A backend's ``Kernels`` are thin functions over its launche
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -36,9 +36,9 @@ class Weight:
         return self.k % BLOCK == 0 and self.block_size % BLOCK == 0 and self.packed.data_ptr() % VECTOR == 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
-    """y = x W^T + bias + scale * s b^T."""
+    """y = x W^T + bias + scale * s b^T. ``forward`` sets split."""
 
     weight: Weight
     bias: torch.Tensor | None  # (n,)
@@ -151,8 +151,8 @@ def forward(kernels: Kernels, x: torch.Tensor, outputs: Sequence[Output]) -> Non
         if row.regime == "chunks":
             _forward_by_chunks(kernels, x, output, row.chunk_mb << 20)
         else:
-            one = Output(**{**vars(output), "split": row.split(model, m, output.weight.n, k)})
-            together.setdefault((row.regime, row.tokens), []).append(one)
+            output.split = row.split(model, m, output.weight.n, k)
+            together.setdefault((row.regime, row.tokens), []).append(output)
     for (regime, tokens), group in together.items():
         kernels.forward(regime, tokens, x if regime == "simple" else padded(x), group)
 
@@ -169,7 +169,7 @@ def backward(kernels: Kernels, gradients: Sequence[Gradient], dx: torch.Tensor) 
         _backward_by_chunks(kernels, gradients, dx, row.chunk_mb << 20)
         return
     if row.regime != "simple":
-        gradients = [Gradient(**{**vars(gradient), "dy": padded(gradient.dy)}) for gradient in gradients]
+        gradients = [replace(gradient, dy=padded(gradient.dy)) for gradient in gradients]
     depth = sum(gradient.weight.n for gradient in gradients)
     kernels.backward(row.regime, row.tokens, row.split(model, m, k, depth), list(gradients), dx)
 

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from emulation.nested import mapped
 
 from peftk.ops import gpu
 
@@ -33,7 +34,7 @@ class RealCuda(gpu.CudaDoor):
         return gpu.model_of(torch.cuda.current_device())
 
     def call(self, op: str, *arguments: Any) -> None:
-        there = gpu.mapped(arguments, on_gpu)
+        there = mapped(arguments, on_gpu)
         super().call(op, *there)
         copy_back(arguments, there)
 
@@ -48,15 +49,15 @@ class RealTriton(gpu.TritonDoor):
         return gpu.model_of(torch.cuda.current_device())
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        there = gpu.mapped(arguments, on_gpu)
+        there = mapped(arguments, on_gpu)
         super().launch(kernel, grid, *there, **options)
         copy_back(arguments, there)
 
 
-def on_gpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, which kernels are told."""
-    if tensor is None or not tensor.numel():
-        return tensor if tensor is None else tensor.cuda()
+    if not tensor.numel():
+        return tensor.cuda()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((extent,), (1,)).cuda().as_strided(tensor.shape, tensor.stride())
 

@@ -15,7 +15,7 @@ import torch
 
 from bench.static import nvcc
 from emulation.cuda_host import build
-from peftk.native import address
+from emulation.nested import mapped
 from peftk.ops import gpu
 
 TARGET = "sm_80"
@@ -47,7 +47,7 @@ class HostDoor:
 
     def call(self, op: str, *arguments: Any) -> None:
         """``cuda_<op>`` with tensors as addresses and None as 0."""
-        numbers = gpu.mapped(arguments, lambda tensor: None)
+        numbers = mapped(arguments, lambda tensor: None)
         host_module().set_seed(self.seed + zlib.crc32(repr((op, numbers)).encode()))
         _call(op, arguments)
 
@@ -107,4 +107,4 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _call(op: str, arguments: tuple) -> None:
-    getattr(host_module(), f"cuda_{op}")(*gpu.mapped(arguments, address), 0)
+    getattr(host_module(), f"cuda_{op}")(*gpu.wired(arguments), 0)
