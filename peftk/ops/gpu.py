@@ -55,7 +55,9 @@ def wired(argument: Any) -> Any:
         return tuple([wired(part) for part in argument])
     if kind is list:
         return [wired(part) for part in argument]
-    return 0 if argument is None else argument.data_ptr()
+    if argument is None:
+        return 0
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
 class CudaDoor:

@@ -16,7 +16,8 @@ from peftk.ops.gpu import GpuModel
 
 GPUS = {one.name: one for one in predict.GPUS}
 DRIVERS_NAMES = {
-    "Tesla T4": "T4", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A10": "A10", "NVIDIA GeForce RTX 3090": "RTX 3090", "NVIDIA L4": "L4",
+    "Tesla T4": "T4", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A10": "A10", "NVIDIA GeForce RTX 3090": "RTX 3090",
+    "NVIDIA L4": "L4",
     "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA B200": "B200",
     "NVIDIA GeForce RTX 5090": "RTX 5090",
 }  # fmt: skip

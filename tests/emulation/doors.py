@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from emulation.nested import mapped
 
+from emulation.nested import mapped
 from peftk.ops import gpu
 
 PLACES = {
