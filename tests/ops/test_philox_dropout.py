@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import peftk
 from peftk.ops import philox_dropout
 from peftk.ops.philox_dropout.reference import philox
 
@@ -32,6 +33,20 @@ def test_mask_is_the_generators(implementation, count, dtype):
     keep = philox(count, 12345, torch.device("cpu")) >= int(0.3 * 2**32)
     expected = torch.where(keep, (x.float() * torch.tensor(1 / 0.7)), torch.zeros(count)).to(dtype)
     assert torch.equal(philox_dropout(x, 0.3, 12345), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_dropped_is_times_zero(implementation, dtype):
+    """NaN and Inf become NaN, zeros keep their sign; on an address that no wide access takes, and with no element at all."""
+    x = torch.tensor([float("nan"), float("inf"), -0.0, -3.0, 0.0, 2.0, -1e-30]).repeat(37).to(dtype)
+    shifted = torch.cat([x[:1], x])[1:]
+    assert torch.equal(philox_dropout(x[:0], 0.5, 4), x[:0])
+    with peftk.use("reference"):
+        expected = philox_dropout(x, 0.5, 4)
+    for got in (philox_dropout(x, 0.5, 4), philox_dropout(shifted, 0.5, 4)):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
+        assert torch.equal(got.signbit() & ~got.isnan(), expected.signbit() & ~expected.isnan())
 
 
 def test_rate_and_independence_of_seeds(implementation):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from peftk.ops import dispatch, library
-from peftk.ops.philox_dropout import cpu, reference
+from peftk.ops.philox_dropout import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def philox_dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
