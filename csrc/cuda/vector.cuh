@@ -27,16 +27,20 @@ __device__ __forceinline__ void load_vector(const T* data, float* values) {
   }
 }
 
+// kPerVector<T> elements as they lie in memory.
+template <class T>
+__device__ __forceinline__ uint4 round_vector(const float* values) {
+  if constexpr (sizeof(T) == 4)
+    return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]), __float_as_uint(values[3])};
+  else
+    return {round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]), round_pair<T>(values[4], values[5]),
+            round_pair<T>(values[6], values[7])};
+}
+
 // kPerVector<T> elements to an aligned address.
 template <class T>
 __device__ __forceinline__ void store_vector(T* data, const float* values) {
-  uint4 v;
-  if constexpr (sizeof(T) == 4)
-    v = {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]), __float_as_uint(values[3])};
-  else
-    v = {round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]), round_pair<T>(values[4], values[5]),
-         round_pair<T>(values[6], values[7])};
-  __stcs(reinterpret_cast<uint4*>(data), v);
+  __stcs(reinterpret_cast<uint4*>(data), round_vector<T>(values));
 }
 
 // Words in one access.

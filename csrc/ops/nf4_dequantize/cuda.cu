@@ -1,12 +1,10 @@
 // out = T(value4[code] * scale + 0), scale as in cuda/block_scale.cuh: one kernel, the double-quantised constants decoded inside.
 // A warp takes a tile of kChunks stores a lane. Every load and store of a warp is one contiguous run: 128-bit loads of packed
-// bytes would give each lane 64 neighbouring bytes of result, and its 128-bit stores would each fill half a sector. The trick:
-// row b of a table in shared memory has both values of packed byte b, once for each lane of a half warp, so no two lanes meet in
-// a bank; rows are 256 bytes apart, so one byte permute makes the address out of byte and lane.
-#include "cuda/block_scale.cuh"
+// bytes would give each lane 64 neighbouring bytes of result, and its 128-bit stores would each fill half a sector. The trick is
+// the table of cuda/byte_table.cuh: a packed byte is two values in one read.
+#include "cuda/byte_table.cuh"
 #include "cuda/launch.h"
 #include "cuda/vector.cuh"
-#include "format/nf4.h"
 #include "ops/nf4_dequantize/op.h"
 
 namespace peftk::cuda {
@@ -14,19 +12,6 @@ namespace nf4_dequantize_kernels {  // a kernel needs a name that other files ca
 
 constexpr int kThreads = 1024;  // one block a multiprocessor fills it: the table is 64 KB
 constexpr int kChunks = 8;      // of a lane and tile: so many loads are under way at once
-constexpr int kCopies = 16;     // a 64-bit access is served half a warp at a time
-
-struct Row {
-  float2 pair[kCopies];    // of the packed byte that numbers the row: high nibble, low nibble
-  float2 value8[kCopies];  // .x: the dynamic 8-bit code of that number
-};
-static_assert(sizeof(Row) == 256, "the byte permute in pair_at counts on it");
-constexpr std::size_t kSharedBytes = 256 * sizeof(Row);
-
-struct Tables {  // one parameter: nvcc copies a struct of 16 numbers to local memory before it indexes it
-  float value4[16];
-  Values8 code8;
-};
 
 // What one 128-bit store holds: kChunk elements, kChunk / 2 packed bytes.
 template <class T>
@@ -44,51 +29,23 @@ struct Source {
   std::int64_t count;
 };
 
-__device__ __forceinline__ void fill(Row* rows, const Tables& tables) {
-  for (int i = threadIdx.x; i < 256 * kCopies; i += kThreads) {
-    const int row = i / kCopies, copy = i % kCopies;
-    rows[row].pair[copy] = {tables.value4[row >> 4], tables.value4[row & 15]};
-    rows[row].value8[copy] = {tables.code8.value[row], 0.0f};
-  }
-  __syncthreads();
-}
-
-// `at` is the lane's own place in a row, in bytes.
-__device__ __forceinline__ float2 pair_at(const Row* rows, std::uint32_t word, int byte, std::uint32_t at) {
-  const std::uint32_t address = __byte_perm(word, at, 0x6504 | byte << 4);  // 256 * byte + at
-  return *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(rows) + address);
-}
-
-// fma(v, s, +0) is v * s + 0 in one rounding: the same but where the product rounds to zero, which takes a scale like this one.
-__device__ __forceinline__ bool may_underflow(float scale) { return fabsf(scale) <= 0x1p-100f; }
-
-template <bool kUnderflow>
-__device__ __forceinline__ float scaled(float value, float scale) {
-  return kUnderflow ? __fadd_rn(__fmul_rn(value, scale), 0.0f) : __fmaf_rn(value, scale, 0.0f);
-}
-
 // `out` is where the lane's first chunk goes.
 template <bool kUnderflow, class T>
-__device__ __forceinline__ void decode_tile(const Row* rows, const typename Chunk<T>::Packed* words, float own,
+__device__ __forceinline__ void decode_tile(const ByteRow* rows, const typename Chunk<T>::Packed* words, float own,
                                             const std::uint32_t* from, std::uint32_t at, T* out) {
   constexpr int kChunk = Chunk<T>::kChunk;
 #pragma unroll
   for (int c = 0; c < kChunks; c++) {
     const float scale = __shfl_sync(kWholeWarp, own, from[c]);
     float values[kChunk];
-#pragma unroll
-    for (int byte = 0; byte < kChunk / 2; byte++) {
-      const float2 value = pair_at(rows, words[c], byte, at);
-      values[2 * byte] = scaled<kUnderflow>(value.x, scale);
-      values[2 * byte + 1] = scaled<kUnderflow>(value.y, scale);
-    }
+    decode_bytes<kUnderflow>(rows, words[c], at, scale, values);
     store_vector(out + c * kWarp * kChunk, values);
   }
 }
 
 // One thread's share of pairs [begin, end): any count, block size and alignment.
 template <class T, bool kNested>
-__device__ __forceinline__ void decode_pairs(const Row* rows, const Source& source, float offset, std::int64_t begin,
+__device__ __forceinline__ void decode_pairs(const ByteRow* rows, const Source& source, float offset, std::int64_t begin,
                                              std::int64_t end, std::int64_t stride, T* out) {
   const auto value8 = [rows](std::uint8_t code) { return rows[code].value8[0].x; };
   for (std::int64_t pair = begin; pair < end; pair += stride) {
@@ -112,13 +69,13 @@ struct Tiles {
 // Lane i decodes the scale of the tile's i-th block for the whole warp.
 template <class T, bool kNested>
 __global__ void __launch_bounds__(kThreads)
-    nf4_dequantize_kernel(const Source source, const Tiles tiles, const Tables tables, T* __restrict__ out) {
+    nf4_dequantize_kernel(const Source source, const Tiles tiles, const ByteTables tables, T* __restrict__ out) {
   using C = Chunk<T>;
-  PEFTK_DYNAMIC_SHARED(Row, rows);
-  fill(rows, tables);
+  PEFTK_DYNAMIC_SHARED(ByteRow, rows);
+  fill<kThreads>(rows, tables);
 
-  const std::uint32_t lane = threadIdx.x % kWarp, at = lane % kCopies * sizeof(float2);
-  const auto value8 = [&](std::uint8_t code) { return rows[code].value8[lane % kCopies].x; };
+  const std::uint32_t lane = threadIdx.x % kWarp, at = lane % kByteCopies * sizeof(float2);
+  const auto value8 = [&](std::uint8_t code) { return rows[code].value8[lane % kByteCopies].x; };
   const float offset = offset_of<kNested>(source.scales);
   const std::uint64_t first_block = tiles.first + (lane & (tiles.blocks - 1));
   std::uint32_t from[kChunks];
@@ -174,8 +131,7 @@ void nf4_dequantize(const std::uint8_t* packed, const void* absmax, const float*
   using namespace nf4_dequantize_kernels;
   if (count == 0) return;
   const Source source{packed, {absmax, absmax_scale, absmax_offset}, block_size, first, count};
-  Tables tables{{}, values8(true)};
-  for (int i = 0; i < 16; i++) tables.value4[i] = code4(quant_type).value[i];
+  const ByteTables tables = byte_tables(quant_type);
   with_type(out, dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     const Tiles tiles = make_tiles(source, typed);
@@ -183,7 +139,7 @@ void nf4_dequantize(const std::uint8_t* packed, const void* absmax, const float*
     const std::int64_t rounds = rest / (2 * kThreads);  // of pairs, a block
     const unsigned blocks = blocks_for(rounds > tiles.count ? rounds : tiles.count, 1, 1);
     const auto kernel = absmax_scale ? nf4_dequantize_kernel<T, true> : nf4_dequantize_kernel<T, false>;
-    launch(kernel, blocks, kThreads, kSharedBytes, stream, source, tiles, tables, typed);
+    launch(kernel, blocks, kThreads, kByteTableBytes, stream, source, tiles, tables, typed);
   });
 }
 

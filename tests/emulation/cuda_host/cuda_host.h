@@ -66,6 +66,11 @@ void __stcs(T* data, T value) {
 }
 
 template <class T>
+void __stcg(T* data, T value) {
+  cuda_host::aligned(data) = value;
+}
+
+template <class T>
 T atomicAdd(T* at, T value) {  // fibers change places at barriers only
   const T before = *at;
   *at = before + value;
