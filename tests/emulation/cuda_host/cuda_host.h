@@ -14,6 +14,7 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (::cuda_host::this_thread().index)
 #define blockIdx (::cuda_host::block_index())
