@@ -4,6 +4,7 @@
 #include "ops/blockwise8_dequantize/op.h"
 #include "ops/blockwise8_quantize/op.h"
 #include "ops/nf4_dequantize/op.h"
+#include "ops/nf4_linear/op.h"
 #include "ops/nf4_quantize/op.h"
 
 namespace peftk {
@@ -14,6 +15,7 @@ inline void expose_cuda_ops(py::module_& m) {
   PEFTK_CUDA_OP(blockwise8_dequantize);
   PEFTK_CUDA_OP(blockwise8_quantize);
   PEFTK_CUDA_OP(nf4_dequantize);
+  PEFTK_CUDA_OP(nf4_linear_dx_tile);
   PEFTK_CUDA_OP(nf4_quantize);
 }
 

@@ -119,6 +119,12 @@ inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uin
   return result;
 }
 
+// c plus the products of four bytes.
+inline std::uint32_t __dp4a(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
+  return c;
+}
+
 namespace cuda_host {
 
 inline std::uint16_t bf16(float x) {
