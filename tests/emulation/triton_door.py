@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +49,10 @@ class PtxDoor:
         program, metadata, count = self.compiled[key]
         parameters = laid_out(facts[0], arguments, count)
         memory = Memory()
-        for name, value in zip(kernel.arg_names, arguments, strict=False):
-            if isinstance(value, torch.Tensor) and value.numel():
-                assert value.is_contiguous(), f"{name}: the range of a strided view isn't its own"
-                memory.allow(value.data_ptr(), value.numel() * value.element_size(), name)
+        for name, argument in zip(kernel.arg_names, arguments, strict=False):
+            for value in gpu.tensors_in([argument]):
+                if value.numel():
+                    memory.allow(value.data_ptr(), extent(value), name)
         threads = (32 * metadata.num_warps, 1, 1)
         blocks = tuple((*grid, 1, 1)[:3])
         launch = (metadata.name, blocks, threads, metadata.shared, parameters, memory)
@@ -65,12 +65,26 @@ def declared(ptx: str, entry: str) -> int:
     return parameters.count(".param")
 
 
-def laid_out(signature: dict[str, str], arguments: Sequence[Any], count: int) -> list[bytes]:
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a view to the end of its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def laid_out(signature: dict[str, Any], arguments: Sequence[Any], count: int) -> list[bytes]:
     """``count`` parameters as bytes: the arguments that aren't compiled in, then null for the scratch that no kernel uses."""
-    wired = []
-    for kind, value in zip(signature.values(), arguments, strict=False):
-        if kind.startswith("*"):
-            wired.append(struct.pack("<Q", value.data_ptr()))
-        elif kind != "constexpr":
-            wired.append(struct.pack(PACKED[kind], value))
+    wired = [packed(kind, value) for kind, value in flat(tuple(signature.values()), arguments) if kind != "constexpr"]
     return wired + [bytes(8)] * (count - len(wired))
+
+
+def flat(kinds: Sequence[Any], arguments: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Types with their arguments, those of a tuple one after the other."""
+    for kind, value in zip(kinds, arguments, strict=False):
+        if isinstance(kind, tuple):
+            yield from flat(kind, value)
+        else:
+            yield kind, value
+
+
+def packed(kind: str, value: Any) -> bytes:
+    return struct.pack("<Q", value.data_ptr()) if kind.startswith("*") else struct.pack(PACKED[kind], value)

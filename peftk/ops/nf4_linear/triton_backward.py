@@ -1,0 +1,104 @@
+"""dx = sum of dy W + D(t a) over several W of one k in one launch; D is dropout.
+
+dy (m, n), W (n, k) in 4 bits, t (m, r), a (r, k), dx (m, k). A program makes a tile of (TOKENS, COLUMNS): fp32 sums start from
+the low-rank branches, then rows of W, DEPTH at a time, weight after weight in one loop, are decoded in registers and multiplied.
+Rows of W and dy beyond the last are the last one again: there dy's columns are 0.
+
+Split, a run of the rounds writes its fp32 sums, and triton_sums.py adds the runs in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from peftk.ops.nf4_linear.triton_weight import (
+    PIECE,
+    locate,
+    low_rank,
+    offset_of,
+    pick,
+    table_of_8,
+    tile_by_elements,
+    tile_in_words,
+)
+from peftk.ops.triton_words import keeps
+
+
+@triton.jit
+def _seed(low, high):
+    """Two int32 as uint64."""
+    return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit(do_not_specialize=["m", "block_bits", "drop_below", "seed_low", "seed_high", "firsts", "rounds", "split"])
+def nf4_linear_backward(
+    dy,  # of each weight: (m, n)
+    dy_stride,  # elements from row to row
+    packed,  # (ceil(n * k / 2),) uint8
+    absmax,  # (blocks,) fp32, or uint8 codes where double quantised
+    absmax_scale,  # (ceil(blocks / NESTED_BLOCK),) fp32 or None
+    absmax_offset,  # () fp32 or None
+    t,  # (m, r) or None
+    a,  # (r, k) or None
+    r,  # 0 without a low-rank branch
+    drop_below,  # p * 2^32 of the dropout, the bits of a uint32 in an int32
+    keep_scale,  # 1 / (1 - p)
+    seed_low,  # an int32, as seed_high
+    seed_high,
+    n,  # rows of W
+    block_bits,  # log2 of a block's elements
+    firsts,  # the round with its first rows
+    values8,  # (256,) fp32 or None
+    values4,  # (16,) fp32
+    out,  # (m, k) in dy's dtype, or (split, m, k) fp32
+    rounds,  # of all weights
+    split,  # runs of them
+    m,
+    k,
+    IN_WORDS: tl.constexpr,  # see triton_weight.py
+    DROPOUT: tl.constexpr,  # whether any has it
+    TOKENS: tl.constexpr,  # rows of dy a tile
+    COLUMNS: tl.constexpr,  # of W
+    DEPTH: tl.constexpr,  # rows of W and columns of dy a round
+    STEP: tl.constexpr,  # of the low rank
+):
+    if IN_WORDS:
+        k = k // PIECE * PIECE  # says that it is a multiple: wide loads
+    tiles = tl.cdiv(k, COLUMNS)
+    first_column, run = tl.program_id(1) % tiles * COLUMNS, tl.program_id(1) // tiles
+    table, table8 = tl.load(values4 + tl.arange(0, 16)), table_of_8(values8)
+
+    token, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), first_column + tl.arange(0, COLUMNS)
+    safe_token, safe_column = tl.minimum(token, m - 1).to(tl.int64), tl.minimum(column, k - 1)
+    total = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    if t[0] is not None:
+        for i in tl.static_range(len(t)):
+            width = tl.where(run == 0, r[i], 0)
+            branch = low_rank(t[i], a[i], 1, k, safe_token, safe_column, width, TOKENS, COLUMNS, STEP)
+            if DROPOUT:
+                element = safe_token[:, None] * k + column[None, :]
+                kept = keeps(element, drop_below[i].to(tl.uint32, bitcast=True), _seed(seed_low[i], seed_high[i]))
+                branch = tl.where(kept, branch * keep_scale[i], 0.0)
+            total += branch
+
+    each = tl.cdiv(rounds, split)
+    for step in range(run * each, tl.minimum(run * each + each, rounds)):
+        which, place = locate(step, firsts)
+        rows_of_w = pick(n, which)
+        row = place * DEPTH + tl.arange(0, DEPTH)
+        dy_rows = pick(dy, which) + (safe_token * pick(dy_stride, which))[:, None]
+        dy_tile = tl.load(dy_rows + row[None, :], mask=(row < rows_of_w)[None, :], other=0.0)
+        codes, scales, bits = pick(packed, which), pick(absmax, which), pick(block_bits, which)
+        nested, offset = pick(absmax_scale, which), offset_of(pick(absmax_offset, which))
+        w_row = tl.minimum(row, rows_of_w - 1).to(tl.int64) * k
+        if IN_WORDS:
+            left = k - first_column
+            w = tile_in_words(codes, table, scales, nested, offset, table8, bits, w_row + first_column, left, COLUMNS)
+        else:
+            element = w_row[:, None] + safe_column[None, :]
+            w = tile_by_elements(codes, table, scales, nested, offset, table8, bits, element)
+        total = tl.dot(dy_tile, w.to(dy_tile.dtype), total, input_precision="ieee")
+
+    at = out + (run.to(tl.int64) * m + token[:, None].to(tl.int64)) * k + column[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(token < m)[:, None] & (column < k)[None, :])
