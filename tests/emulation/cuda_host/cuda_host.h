@@ -42,8 +42,9 @@ inline void __syncthreads() { cuda_host::sync_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_host::sync_warp(mask); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane) {
-  return cuda_host::exchange(mask, "shfl", value, lane & 31);
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {  // lane: of the own group of `width` lanes
+  const int own = static_cast<int>(threadIdx.x) & 31;
+  return cuda_host::exchange(mask, "shfl", value, (own & -width) | (lane & (width - 1)));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
@@ -161,8 +162,8 @@ inline float from_f16(std::uint16_t h) {
 
 namespace cuda_host {
 
-// c (16, 8) += a (16, 16) b (16, 8) by a warp, fragments as csrc/cuda/mma.cuh has them; `widen` gives an element's number. Products
-// and their sum in fp64, one rounding: as in the PTX emulator.
+// c (16, 8) += a (16, 16) b (16, 8) by a warp, fragments as csrc/cuda/mma.cuh has them; `widen` gives an element's number.
+// Products and their sum in fp64, one rounding: as in the PTX emulator.
 template <class Widen>
 void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Widen widen) {
   struct Fragments {
