@@ -18,6 +18,7 @@ inline void expose_cuda_ops(py::module_& m) {
   PEFTK_CUDA_OP(nf4_dequantize);
   PEFTK_CUDA_OP(nf4_linear_decode);
   PEFTK_CUDA_OP(nf4_linear_dx_simple);
+  PEFTK_CUDA_OP(nf4_linear_few);
   PEFTK_CUDA_OP(nf4_linear_simple);
   PEFTK_CUDA_OP(nf4_linear_tile);
   PEFTK_CUDA_OP(nf4_linear_dx_tile);

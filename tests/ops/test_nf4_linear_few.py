@@ -101,6 +101,15 @@ def test_values(door, m, n, k, r, split, double_quant, bias, block_size, quant_t
     assert torch.equal(o.w4.packed, before)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_inputs_with_a_mean(ptx, quant_type, dtype):
+    """A rounded code is off by the same wherever it stands, which x of one sign piles up over k."""
+    o = make(32, 4096, quant_type=quant_type)
+    x = torch.randn(8, 4096).abs().to(dtype)
+    assert_right(run(ptx, x, o)[0], x, o)
+
+
 def test_a_list_is_its_single_calls(door):
     """Sixteen weights of every format, split or not."""
     m, k = 3, 320
@@ -113,6 +122,8 @@ def test_a_list_is_its_single_calls(door):
         for i in range(16)
     ]  # fmt: skip
     together = run(door, x, *outputs)
+    if isinstance(door, doors.PtxDoor):
+        assert len(door.reports) == 2, "one launch, and one that adds up the split ones' runs"
     for y, o in zip(together, outputs, strict=True):
         assert torch.equal(y, run(door, x, o)[0])
 
@@ -182,8 +193,8 @@ def test_bad_arguments_are_refused(door):
         (torch.zeros(1, 96, dtype=BF16), [odd], "k: expected a multiple of 64 below 2.31, got 96"),
         (torch.zeros(1, 64, dtype=BF16), [small], "block_size: expected a multiple of 64, got 32"),
         (torch.zeros(1, 64), [o], "dtype: expected 1 .bf16. or 2 .fp16., got 0"),
-        (torch.zeros(1, 64, dtype=BF16), [], "a list of weights: expected 1 to 16.* 0"),
-        (torch.zeros(1, 64, dtype=BF16), [o] * 17, "a list of weights: expected 1 to 16.* 17"),
+        (torch.zeros(1, 64, dtype=BF16), [], "a list of weights: expected 1 to 16, got 0"),
+        (torch.zeros(1, 64, dtype=BF16), [o] * 17, "a list of weights: expected 1 to 16, got 17"),
     ):
         with pytest.raises(ValueError, match=message):
             run(door, x, *outputs)

@@ -6,6 +6,7 @@
 // makes the address. A step's sums are scaled by the rows' constants in fp32: nothing is rounded but the table.
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
+#include "cuda/pairs.cuh"
 #include "cuda/partial_sums.cuh"
 #include "cuda/weight4.cuh"
 #include "ops/nf4_linear/op.h"
@@ -60,8 +61,8 @@ struct Input {
 };
 
 struct Shared {
-  std::uint32_t pair[256][kWarp];  // by packed byte: the elements of its high and low nibble, rounded
-  float value8[256];               // of double-quantised constants
+  std::uint32_t pairs[256 * kPairRow];
+  float value8[256];  // of double-quantised constants
   float sum[kWarps][kColumns][kSumStride];
 };
 
@@ -190,21 +191,12 @@ __device__ __forceinline__ void load_ahead(Ahead& ahead, const Share<T>& share) 
 
 template <class T>
 __device__ __forceinline__ void fill_tables(Shared& shared, const Tables& tables, int quant_type) {
-  const int byte = threadIdx.x;
-  shared.value8[byte] = tables.value8[byte];
-  const std::uint32_t pair = round_pair<T>(tables.value4[quant_type][byte >> 4], tables.value4[quant_type][byte & 15]);
-  uint4* row = reinterpret_cast<uint4*>(shared.pair[byte]);
-#pragma unroll
-  for (int i = 0; i < 8; i++) row[(i + byte) % 8] = {pair, pair, pair, pair};  // neighbours in different banks
+  fill_pairs<T>(shared.pairs, tables.value4[quant_type], pair_factor<T>(quant_type), kThreads);
+  for (int i = threadIdx.x; i < 256; i += kThreads) shared.value8[i] = tables.value8[i];
   __syncthreads();
 }
 
-__device__ __forceinline__ std::uint32_t pair_at(const Shared& shared, std::uint32_t word, int byte) {
-  const std::uint32_t address = __dp4a(word, 128u << 8 * byte, threadIdx.x % kWarp * 4);  // 128 * byte + 4 * lane
-  return *reinterpret_cast<const std::uint32_t*>(reinterpret_cast<const char*>(shared.pair) + address);
-}
-
-// By MMA: rows g and g + 8 of columns 2t and 2t + 1.
+// By MMA: rows g and g + 8 of columns 2t and 2t + 1, in units of pair_factor.
 using Sums = float[kOctets / 2][4];
 
 // sums += scale * c, where c is what the MMA of octets 2 i and 2 i + 1 gave.
@@ -218,6 +210,7 @@ __device__ __forceinline__ void add_scaled(float (&sums)[4], const float (&c)[4]
 template <class T>
 __device__ __forceinline__ void multiply_step(Sums& sums, const Shared& shared, const uint2 (&words)[kOctets],
                                               const float (&scale)[kOctets], const T* x) {
+  const std::uint32_t lane = threadIdx.x % kWarp;
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(x)), w = __ldg(reinterpret_cast<const uint4*>(x) + 1);
   const std::uint32_t columns[4][2] = {{v.x, v.y}, {v.z, v.w}, {w.x, w.y}, {w.z, w.w}};
 #pragma unroll
@@ -228,8 +221,8 @@ __device__ __forceinline__ void multiply_step(Sums& sums, const Shared& shared, 
     for (int i = 0; i < 4; i++) {
       const std::uint32_t u = i < 2 ? upper.x : upper.y, l = i < 2 ? lower.x : lower.y;
       const int byte = 2 * i % 4;
-      const std::uint32_t rows[4] = {pair_at(shared, u, byte), pair_at(shared, l, byte), pair_at(shared, u, byte + 1),
-                                     pair_at(shared, l, byte + 1)};
+      const std::uint32_t rows[4] = {pair_of(shared.pairs, u, byte, lane), pair_of(shared.pairs, l, byte, lane),
+                                     pair_of(shared.pairs, u, byte + 1, lane), pair_of(shared.pairs, l, byte + 1, lane)};
       mma<T>(c, rows, columns[i]);
     }
     add_scaled(sums[pair], c, scale[2 * pair], scale[2 * pair + 1]);
@@ -268,7 +261,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const Shared& shared, Ahead
 
 // Elements `column` and the next of a row of r, zero beyond it.
 template <class T>
-__device__ __forceinline__ std::uint32_t pair_of(const T* row, std::int64_t column, std::int64_t r) {
+__device__ __forceinline__ std::uint32_t two_of(const T* row, std::int64_t column, std::int64_t r) {
   const std::uint32_t first = column < r ? row[column].bits : 0, second = column + 1 < r ? row[column + 1].bits : 0;
   return first | second << 16;
 }
@@ -277,21 +270,22 @@ __device__ __forceinline__ std::uint32_t pair_of(const T* row, std::int64_t colu
 template <class T>
 __device__ __forceinline__ void multiply_low_rank(Sums& sums, const Output& output, std::int64_t first_row, int m) {
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const float scale = __fmul_rn(output.scale, pair_factor<T>(output.weight.quant_type));
   const std::int64_t r = output.r, last = output.weight.n - 1;
   const T* s = static_cast<const T*>(output.s) + min(g, m - 1) * r;
   for (std::int64_t first = own_warp() * 16; first < r; first += kWarps * 16) {
     const std::int64_t near = first + 2 * t, far = near + 8;
-    const std::uint32_t columns[2] = {pair_of(s, near, r), pair_of(s, far, r)};
+    const std::uint32_t columns[2] = {two_of(s, near, r), two_of(s, far, r)};
 #pragma unroll
     for (int pair = 0; pair < kOctets / 2; pair++) {
       const std::int64_t row = first_row + 16 * pair + g;
       const T *upper = static_cast<const T*>(output.b) + min(row, last) * r,
               *lower = static_cast<const T*>(output.b) + min(row + 8, last) * r;
-      const std::uint32_t rows[4] = {pair_of(upper, near, r), pair_of(lower, near, r), pair_of(upper, far, r),
-                                     pair_of(lower, far, r)};
+      const std::uint32_t rows[4] = {two_of(upper, near, r), two_of(lower, near, r), two_of(upper, far, r),
+                                     two_of(lower, far, r)};
       float c[4] = {};
       mma<T>(c, rows, columns);
-      add_scaled(sums[pair], c, output.scale, output.scale);
+      add_scaled(sums[pair], c, scale, scale);
     }
   }
 }
@@ -314,6 +308,7 @@ __device__ __forceinline__ void store(const Shared& shared, const Output& output
   float sum = shared.sum[0][column][threadIdx.x % kRows];
 #pragma unroll
   for (int warp = 1; warp < kWarps; warp++) sum = __fadd_rn(sum, shared.sum[warp][column][threadIdx.x % kRows]);
+  sum = __fmul_rn(sum, __frcp_rn(pair_factor<T>(output.weight.quant_type)));
   if (output.split > 1) {
     output.partial[(static_cast<std::int64_t>(item.run) * m + column) * n + row] = sum;
   } else {
