@@ -22,7 +22,6 @@ inline void expose_cuda_ops(py::module_& m) {
   PEFTK_CUDA_OP(nf4_linear_simple);
   PEFTK_CUDA_OP(nf4_linear_tile);
   PEFTK_CUDA_OP(nf4_linear_dx_tile);
-  PEFTK_CUDA_OP(nf4_linear_few);
   PEFTK_CUDA_OP(nf4_quantize);
   PEFTK_CUDA_OP(philox_dropout);
 }
