@@ -97,9 +97,9 @@ __device__ __forceinline__ Work find_work(const Outputs& outputs, const Inputs& 
 
 // ---- from global memory -----------------------------------------------------------------------------------------------------
 
-// A thread's part of the copies: 16 bytes of every kXApart-th token and of every kPackedApart-th row. In a stage, tokens come
-// first, neighbouring 16 bytes of odd ones changed with each other, so that the eight lanes of a pass meet eight places (see
-// multiply).
+// A thread's part of the copies: 16 bytes of every kXApart-th token and of every kPackedApart-th row, beyond the last one that
+// one again: what comes of it is not stored. In a stage, tokens come first, neighbouring 16 bytes of odd ones changed with each
+// other, so that the eight lanes of a pass read from eight places (see multiply).
 template <class T, int kTokens>
 struct Source {
   using Shape = Tile<kTokens>;
@@ -108,36 +108,33 @@ struct Source {
 
   const T* x[kXParts];  // of a round's first step
   const std::uint8_t* packed[kPackedParts];
-  int tokens, rows;     // that there are from this thread's first on
-  int x_at, packed_at;  // bytes into a stage
+  SharedAddress x_to, packed_to;  // in stage 0
 
-  __device__ __forceinline__ Source(const Work& work, const Inputs& inputs) {
-    const std::int64_t row_bytes = static_cast<std::int64_t>(inputs.steps) * kPackedRow;
+  __device__ __forceinline__ Source(const Work& work, const Inputs& inputs, unsigned char* stages) {
     const int token = threadIdx.x / (kXRow / 16), x_part = threadIdx.x % (kXRow / 16);
     const int row = threadIdx.x / (kPackedRow / 16), packed_part = threadIdx.x % (kPackedRow / 16);
+    const std::int64_t row_bytes = static_cast<std::int64_t>(inputs.steps) * kPackedRow;
 #pragma unroll
     for (int i = 0; i < kXParts; i++)
-      x[i] = static_cast<const T*>(inputs.x) + (work.token + token + i * kXApart) * inputs.x_stride + work.begin * kDepth +
-             x_part * 8;
+      x[i] = static_cast<const T*>(inputs.x) + min(work.token + token + i * kXApart, inputs.m - 1) * inputs.x_stride +
+             work.begin * kDepth + x_part * 8;
 #pragma unroll
     for (int i = 0; i < kPackedParts; i++)
-      packed[i] = work.output.weight.packed + (work.row + row + i * kPackedApart) * row_bytes + work.begin * kPackedRow +
-                  packed_part * 16;
-    tokens = static_cast<int>(min(inputs.m - work.token, std::int64_t{kTokens})) - token;
-    rows = static_cast<int>(min(work.output.weight.n - work.row, std::int64_t{kRows})) - row;
-    x_at = token * kXRow + (x_part ^ (token & 1)) * 16;
-    packed_at = Shape::kXBytes + row * kPackedRow + packed_part * 16;
+      packed[i] = work.output.weight.packed + min(work.row + row + i * kPackedApart, work.output.weight.n - 1) * row_bytes +
+                  work.begin * kPackedRow + packed_part * 16;
+    x_to = held(shared_address(stages + token * kXRow + (x_part ^ (token & 1)) * 16));
+    packed_to = held(shared_address(stages + Shape::kXBytes + row * kPackedRow + packed_part * 16));
   }
 
-  // The tiles of the step so many behind the round's first.
-  __device__ __forceinline__ void fetch(unsigned char* stage, int behind) const {
+  // Of the step so many behind the round's first.
+  __device__ __forceinline__ void fetch(int behind) const {
+    const int stage = behind % Shape::kStages * Shape::kStageBytes;
 #pragma unroll
     for (int i = 0; i < kXParts; i++)
-      copy_async(stage + x_at + i * kXApart * kXRow, x[i] + behind * kDepth, i * kXApart < tokens ? 16 : 0);
+      copy_async(shared_pointer<void>(x_to + stage + i * kXApart * kXRow), x[i] + behind * kDepth);
 #pragma unroll
     for (int i = 0; i < kPackedParts; i++)
-      copy_async(stage + packed_at + i * kPackedApart * kPackedRow, packed[i] + behind * kPackedRow,
-                 i * kPackedApart < rows ? 16 : 0);
+      copy_async(shared_pointer<void>(packed_to + stage + i * kPackedApart * kPackedRow), packed[i] + behind * kPackedRow);
   }
   __device__ __forceinline__ void next_round() {
 #pragma unroll
@@ -154,8 +151,8 @@ struct RowScale {
   float offset;
   bool nested;
   std::uint32_t value_bytes;
+  std::uint32_t ahead;      // bytes of values before those of step 0
   int log_steps;            // of a block
-  std::uint32_t ahead;      // blocks before the first step's
   std::uint32_t step;       // from the start of the tile's first block on
   std::uint32_t last_step;  // of the work
   std::uint32_t bits;       // as loaded
@@ -163,13 +160,12 @@ struct RowScale {
 
   // The next step's; after the last one that again.
   __device__ __forceinline__ void load() {
-    const std::uint32_t block = ahead + (step >> log_steps);
-    const unsigned char* const value = values + static_cast<std::uint64_t>(block) * value_bytes;
+    const std::uint32_t at = (step >> log_steps) * value_bytes + ahead;
     if (nested) {
-      bits = *value;
-      scale = scales[block / kNestedBlock];
+      bits = values[at];
+      scale = scales[at / kNestedBlock];
     } else {
-      bits = *reinterpret_cast<const std::uint32_t*>(value);
+      bits = *reinterpret_cast<const std::uint32_t*>(values + at);
     }
     step = min(step + 1, last_step);
   }
@@ -186,13 +182,13 @@ __device__ __forceinline__ RowScale row_scale(const Work& work, const Inputs& in
   const std::int64_t first = work.row * inputs.steps, block = first >> log_steps, origin = block & -kNestedBlock;
   const std::uint32_t existing = static_cast<std::uint32_t>(min(weight.n - work.row - 1, static_cast<std::int64_t>(row)));
   const std::uint32_t of_row = static_cast<std::uint32_t>(first - (block << log_steps)) + existing * inputs.steps;
-  return {static_cast<const unsigned char*>(values) + (nested ? origin : 4 * origin),
+  return {static_cast<const unsigned char*>(values) + origin * value_bytes,
           nested ? scales + origin / kNestedBlock : nullptr,
           nested ? *offset : 0.0f,
           nested,
           static_cast<std::uint32_t>(value_bytes),
+          static_cast<std::uint32_t>(block - origin) * value_bytes,
           log_steps,
-          static_cast<std::uint32_t>(block - origin),
           of_row + work.begin,
           of_row + work.end - 1,
           0,
@@ -263,13 +259,13 @@ __device__ __forceinline__ void start(Sums<kColumns>& sums, const Work& work, st
 // A step of the warp's rows as operands of its four MMAs, without their constants.
 using Operand = std::uint32_t[kDepth / 16][kFragments][4];
 
-__device__ __forceinline__ void decode(Operand& a, const unsigned char* packed, const std::uint32_t* pairs, std::uint32_t lane) {
+__device__ __forceinline__ void decode(Operand& a, SharedAddress packed, SharedAddress pairs) {
 #pragma unroll
   for (int i = 0; i < 2 * kFragments; i++) {  // rows g + 8 i
-    const uint2 words = *reinterpret_cast<const uint2*>(packed + i * 8 * kPackedRow);
+    const uint2 words = *shared_pointer<const uint2>(packed + i * 8 * kPackedRow);
 #pragma unroll
     for (int byte = 0; byte < 8; byte++)
-      a[byte / 2][i / 2][byte % 2 * 2 + i % 2] = pair_of(pairs, byte < 4 ? words.x : words.y, byte % 4, lane);
+      a[byte / 2][i / 2][byte % 2 * 2 + i % 2] = pair_of(pairs, byte < 4 ? words.x : words.y, byte % 4);
   }
 }
 
@@ -282,8 +278,8 @@ __device__ __forceinline__ void share(float (&constants)[2 * kFragments], float 
 // sums += constants * (a x^T) for MMAs side by side, which hide each other's latency; x_first and x_second are the first token's
 // halves of a lane's 16 elements.
 template <class T, int kColumns>
-__device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const Operand& a, const unsigned char* x_first,
-                                         const unsigned char* x_second, const float (&scale)[2 * kFragments]) {
+__device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const Operand& a, SharedAddress x_first,
+                                         SharedAddress x_second, const float (&scale)[2 * kFragments]) {
   constexpr int kSide = kColumns < kSideBySide ? kColumns : kSideBySide;
   float of_step[kFragments][kSide][4] = {};
 #pragma unroll
@@ -291,7 +287,7 @@ __device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const 
     std::uint32_t b[kSide][2][2];
 #pragma unroll
     for (int i = 0; i < kSide; i++) {
-      const uint4 v = *reinterpret_cast<const uint4*>((half ? x_second : x_first) + (first + i) * 8 * kXRow);
+      const uint4 v = load_in_order((half ? x_second : x_first) + (first + i) * 8 * kXRow);
       b[i][0][0] = v.x, b[i][0][1] = v.y, b[i][1][0] = v.z, b[i][1][1] = v.w;
     }
 #pragma unroll
@@ -389,10 +385,10 @@ __device__ __forceinline__ void make_tile(const Outputs& outputs, const Inputs& 
   const int quant_type = work.output.weight.quant_type;
   const float factor = pair_factor<T>(quant_type), unit = __frcp_rn(factor);
 
-  Source<T, kTokens> source(work, inputs);
+  Source<T, kTokens> source(work, inputs, stages);
 #pragma unroll
   for (int i = 0; i < Shape::kStages - 1; i++) {
-    if (work.begin + i < work.end) source.fetch(stages + i * Shape::kStageBytes, i);
+    if (work.begin + i < work.end) source.fetch(i);
     commit_copies();
   }
   RowScale scale = row_scale(work, inputs, lane.row + lane.lane);
@@ -403,27 +399,28 @@ __device__ __forceinline__ void make_tile(const Outputs& outputs, const Inputs& 
   Sums<Shape::kColumns> sums = {};
   if (work.output.s && work.run == 0) start<T, Shape::kColumns>(sums, work, inputs.m, lane, work.output.scale * factor);
 
-  const int own_packed = Shape::kXBytes + (lane.row + lane.g) * kPackedRow + lane.t * 8;
-  const int own_x = (lane.token + lane.g) * kXRow + (2 * lane.t ^ (lane.g & 1)) * 16;
-  for (int round = work.begin; round < work.end; round += Shape::kStages) {
+  const SharedAddress own_pairs = held(lane_pairs(pairs, lane.lane));
+  unsigned char* const x = stages + (lane.token + lane.g) * kXRow;
+  const int part = 2 * lane.t ^ (lane.g & 1);
+  const SharedAddress x_first = held(shared_address(x + part * 16)), x_second = held(shared_address(x + (part ^ 1) * 16));
+  const SharedAddress packed = held(shared_address(stages + Shape::kXBytes + (lane.row + lane.g) * kPackedRow + lane.t * 8));
+  for (int left = work.end - work.begin; left > 0; left -= Shape::kStages) {
 #pragma unroll
     for (int i = 0; i < Shape::kStages; i++) {
-      const int step = round + i;
-      if (step >= work.end) break;
+      if (i >= left) break;
       wait_copies<Shape::kStages - 2>();
       __syncthreads();  // all have the step's tiles, and are done with those of the step before
-      if (step + Shape::kStages - 1 < work.end)
-        source.fetch(stages + (i + Shape::kStages - 1) % Shape::kStages * Shape::kStageBytes, i + Shape::kStages - 1);
+      if (i + Shape::kStages - 1 < left) source.fetch(i + Shape::kStages - 1);
       commit_copies();
-      const unsigned char* const stage = stages + i * Shape::kStageBytes;
+      const int stage = i * Shape::kStageBytes;
       float constants[2 * kFragments];
       share(constants, scale.decode(value8), lane);
       scale.load();
       Operand a;
-      decode(a, stage + own_packed, pairs, lane.lane);
+      decode(a, packed + stage, own_pairs);
 #pragma unroll
       for (int column = 0; column < Shape::kColumns; column += kSideBySide)
-        multiply<T, Shape::kColumns>(sums, column, a, stage + own_x, stage + (own_x ^ 16), constants);
+        multiply<T, Shape::kColumns>(sums, column, a, x_first + stage, x_second + stage, constants);
     }
     source.next_round();
   }
@@ -450,7 +447,7 @@ Outputs make_outputs(const std::vector<LinearOutput>& list, std::int64_t m, floa
     Output& output = outputs.of[outputs.count++];
     output = {device_weight(weight), bias, y, s, b, r, split > 1 ? partial : nullptr, scale, split};
     const std::int64_t n = output.weight.n;
-    if (output.weight.log_block < 6) refuse("block_size: expected 64 or more, got", 1L << output.weight.log_block);
+    if (output.weight.log_block < 6) refuse("block_size: expected 64 or more", 1L << output.weight.log_block);
     output.row_tiles = static_cast<int>((n + kRows - 1) / kRows);
     output.wide_y = n % kPerVector<T> == 0 && is_aligned(y, kVectorBytes);
     output.wide_low_rank = r % 4 == 0 && is_aligned(s, 8) && is_aligned(b, 8);
@@ -476,7 +473,7 @@ void launch_all(const std::vector<LinearOutput>& list, const Inputs& inputs, int
     case 32: launch_tiles<T, 32>(outputs, inputs, stream); break;
     case 64: launch_tiles<T, 64>(outputs, inputs, stream); break;
     case 128: launch_tiles<T, 128>(outputs, inputs, stream); break;
-    default: refuse("tokens: expected 16, 32, 64 or 128, got", tokens);
+    default: refuse("tokens: expected 16, 32, 64 or 128", tokens);
   }
   PartialSumsList sums{};
   for (int i = 0; i < outputs.count; i++) {
@@ -492,14 +489,14 @@ void nf4_linear_tile(const std::vector<LinearOutput>& outputs, std::int64_t k, c
                      std::int64_t m, int dtype, int tokens, float* partial, void* stream) {
   using namespace nf4_linear_tile_kernels;
   check_count(outputs.size());
-  if (k % kDepth) refuse("k: expected a multiple of 64, got", k);
+  if (k % kDepth) refuse("k: expected a multiple of 64", k);
   const Inputs inputs{x, x_stride, m, static_cast<int>(k / kDepth)};
   with_type(x, dtype, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     if constexpr (sizeof(T) == 2)
       launch_all<T>(outputs, inputs, tokens, partial, stream);
     else
-      refuse("dtype: expected 1 (bf16) or 2 (fp16), got", dtype);
+      refuse("dtype: expected 1 (bf16) or 2 (fp16)", dtype);
   });
 }
 
