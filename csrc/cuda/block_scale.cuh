@@ -26,13 +26,17 @@ __device__ __forceinline__ float offset_of(const BlockScales& source) {
   return kNested ? *source.offset : 0.0f;
 }
 
+// Of a double-quantised constant: its code's value, the scale of its 256, the offset.
+__device__ __forceinline__ float nested_scale(float value, float scale, float offset) {
+  return __fadd_rn(__fmul_rn(value, scale), offset);
+}
+
 // `value8` gives the value of a signed dynamic 8-bit code; `offset` is offset_of(source), read once. Below 2^40 blocks.
 template <bool kNested, class Lookup>
 __device__ __forceinline__ float scale_of(const BlockScales& source, std::uint64_t block, float offset, Lookup value8) {
   if constexpr (kNested)
-    return __fadd_rn(__fmul_rn(value8(static_cast<const std::uint8_t*>(source.values)[block]),
-                               source.scales[static_cast<std::uint32_t>(block / kNestedBlock)]),
-                     offset);
+    return nested_scale(value8(static_cast<const std::uint8_t*>(source.values)[block]),
+                        source.scales[static_cast<std::uint32_t>(block / kNestedBlock)], offset);
   else
     return static_cast<const float*>(source.values)[block];
 }
