@@ -8,6 +8,7 @@ namespace peftk::cuda {
 #ifdef PEFTK_CUDA_HOST
 using cuda_host::commit_copies;
 using cuda_host::copy_async;
+inline void copy_async_of_line(void* shared, const void* global) { copy_async(shared, global); }
 using cuda_host::wait_copies;
 #else
 
@@ -17,6 +18,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))),
       "l"(__cvta_generic_to_global(global)), "r"(bytes)
+      : "memory");
+}
+
+// 16 bytes of a 128-byte line whose others are wanted soon: L2 fetches them as well.
+__device__ __forceinline__ void copy_async_of_line(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
       : "memory");
 }
 

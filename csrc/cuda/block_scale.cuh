@@ -26,7 +26,7 @@ __device__ __forceinline__ float offset_of(const BlockScales& source) {
   return kNested ? *source.offset : 0.0f;
 }
 
-// Of a double-quantised block, by the value of its code.
+// Of a double-quantised constant: its code's value, the scale of its 256, the offset.
 __device__ __forceinline__ float nested_scale(float value, float scale, float offset) {
   return __fadd_rn(__fmul_rn(value, scale), offset);
 }

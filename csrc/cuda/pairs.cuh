@@ -2,7 +2,10 @@
 // memory, a row a byte, its 32 copies a bank a lane, so that no two lanes meet. The 4-bit code is rounded once, in units that a
 // kernel gives back with its sums: y = pair_unit * (sum of x * pair * scale).
 #pragma once
+#include <type_traits>
+
 #include "cuda/convert.cuh"
+#include "cuda/shared.cuh"
 #include "format/nf4.h"
 
 namespace peftk::cuda {
@@ -32,10 +35,18 @@ __device__ __forceinline__ void fill_pairs(std::uint32_t* pairs, const float (&v
   }
 }
 
-// Of byte `at` of a word. The dot product of bytes is byte extraction, the row's offset and the lane's in one instruction.
-__device__ __forceinline__ std::uint32_t pair_of(const std::uint32_t* pairs, std::uint32_t word, int at, std::uint32_t lane) {
-  const std::uint32_t offset = __dp4a(word, 0x80u << 8 * at, 4 * lane);
-  return *reinterpret_cast<const std::uint32_t*>(reinterpret_cast<const char*>(pairs) + offset);
+// A lane's copy of the table.
+__device__ __forceinline__ SharedAddress lane_pairs(std::uint32_t* pairs, int lane) { return shared_address(pairs + lane); }
+
+// Of byte `at` of a word. The dot product of bytes is byte extraction, the row's offset and its sum with the copy's address in
+// one instruction.
+__device__ __forceinline__ std::uint32_t pair_of(SharedAddress lane_pairs, std::uint32_t word, int at) {
+  const std::uint32_t row = 0x80u << 8 * at;
+#ifdef PEFTK_CUDA_HOST
+  return *shared_pointer<const std::uint32_t>(lane_pairs + __dp4a(word, row, 0u));
+#else
+  return *shared_pointer<const std::uint32_t>(__dp4a(word, row, lane_pairs));
+#endif
 }
 
 }  // namespace peftk::cuda

@@ -28,7 +28,7 @@ from peftk.ops.gpu import GpuModel
 
 PATH = Path(__file__).with_name("regimes.csv")
 DECODING = ("few", "tile", "simple")
-TILE_ROWS = {"few": 16, "tile": 128, "simple": 64}  # of W (backward: columns) a thread block takes
+TILE_ROWS = {"few": 32, "tile": 128, "simple": 64}  # of W (backward: columns) a thread block takes
 LEAST_DEPTH = 512  # of the inner dimension that a block should have to itself: below that its start-up shows
 
 

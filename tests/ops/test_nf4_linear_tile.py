@@ -10,23 +10,23 @@ from emulation.cuda_host.door import HostDoor, PtxDoor
 from numerics import assert_no_worse_than_twice_plain, row_scaled
 
 import peftk
-from bench.static import nvcc
+from peftk.format.code4 import code4
 from peftk.native import NATIVE_DTYPE
-from peftk.ops.nf4_linear.cuda import weight_argument
-from peftk.ops.gpu_product import Weight
 
 DOORS = {"cuda-host": HostDoor, "cuda-ptx": PtxDoor}
 SCALE = 0.5
 BF16, FP16 = torch.bfloat16, torch.float16
-LANES_OF_PASS = 8  # of a 128-bit access to shared memory
 
 
 @pytest.fixture(params=DOORS)
 def door(request):
-    made = DOORS[request.param]()
-    if why := made.why_not():
+    return usable(DOORS[request.param]())
+
+
+def usable(door):
+    if why := door.why_not():
         pytest.skip(why)
-    return made
+    return door
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Made:
         r = 0 if self.s is None else self.s.shape[1]
         w4 = self.w4
         constants = (w4.packed, w4.absmax, w4.absmax_scale, w4.absmax_offset)
-        weight = (*constants, self.case.n, w4.block_size, ["nf4", "fp4"].index(w4.quant_type))
+        weight = (*constants, self.case.n, w4.block_size, code4(w4.quant_type).number)
         return (weight, self.bias, self.y, self.s, self.b, r, SCALE, self.case.split)
 
     def product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -77,13 +77,11 @@ class Made:
         assert_no_worse_than_twice_plain(self.y, self.product(x, x.dtype), self.product(x, torch.float64))
 
 
-def run(door, x: torch.Tensor, made: list[Made], tokens: int) -> None:
+def run(door, x: torch.Tensor, made: list[Made], tokens: int, with_partial: bool = True) -> None:
     m, k = x.shape
     size = sum(one.case.split * m * one.case.n for one in made if one.case.split > 1)
-    partial = torch.full((size,), float("nan")) if size else None
-    door.call(
-        "nf4_linear_tile", [one.argument() for one in made], k, x, x.stride(0), m, NATIVE_DTYPE[x.dtype], tokens, partial
-    )
+    partial = torch.full((size,), float("nan")) if size and with_partial else None
+    door.call("nf4_linear_tile", [one.argument() for one in made], k, x, x.stride(0), m, NATIVE_DTYPE[x.dtype], tokens, partial)
 
 
 def rows(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,9 +115,7 @@ def test_is_as_near_to_fp64_as_a_plain_product(door, tokens, m, k, dtype, case):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_inputs_with_a_mean(dtype, quant_type):
     """A code rounded to 16 bits is off by the same in every weight that has it; x of one sign piles that up over k."""
-    door, k, m = PtxDoor(), 4096, 9
-    if why := door.why_not():
-        pytest.skip(why)
+    door, k, m = usable(PtxDoor()), 4096, 9
     x = torch.randn(m, k).abs().to(dtype)
     made = Case(32, quant_type=quant_type).make(k, m, dtype)
     run(door, x, [made], 16)
@@ -145,9 +141,7 @@ def test_a_list_is_as_its_weights_one_by_one(door):
 
 
 def test_sixteen_weights_in_one_launch():
-    door, x = PtxDoor(), rows(9, 64, FP16)
-    if why := door.why_not():
-        pytest.skip(why)
+    door, x = usable(PtxDoor()), rows(9, 64, FP16)
     made = [Case(1 + i).make(64, 9, FP16) for i in range(16)]
     run(door, x, made, 16)
     assert len(door.reports) == 1
@@ -179,30 +173,44 @@ def test_no_rows(door):
 def test_a_bad_constant_spoils_its_own_row_alone(door):
     k, m = 192, 9
     x, made = rows(m, k, BF16), Case(40, double_quant=False).make(k, m, BF16)
-    good = Case(40, double_quant=False)
     run(door, x, [made], 16)
     expected = made.y.clone()
     made.w4.absmax[3 * (k // 64) + 1], made.w4.absmax[20 * (k // 64)] = float("nan"), float("inf")
     run(door, x, [made], 16)
-    assert good is not None
     spoilt = torch.zeros(40, dtype=torch.bool)
     spoilt[[3, 20]] = True
     assert made.y[:, 3].isnan().all() and not made.y[:, 20].isfinite().any()
     assert torch.equal(made.y[:, ~spoilt], expected[:, ~spoilt])
 
 
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+def test_bytes_and_banks(tokens):
+    """Packed bytes and x cross once, in 128-bit copies; W is not written; no two lanes meet in a bank of shared memory."""
+    door, k, m = usable(PtxDoor(traffic=True)), 256, tokens
+    x, made = rows(m, k, BF16), Case(128, bias=True, double_quant=False).make(k, m, BF16)
+    packed, absmax = made.w4.packed.clone(), made.w4.absmax.clone()
+    run(door, x, [made], tokens)
+    ((_, report),) = door.reports
+    wide = {key[:2]: count * 16 for key, count in report.accesses.items() if key[0] == "global" and key[2] == 16}
+    assert wide == {("global", "load"): packed.numel() + 2 * x.numel(), ("global", "store"): 2 * made.y.numel()}
+    assert report.bytes_stored["global"] == 2 * made.y.numel()
+    assert torch.equal(made.w4.packed, packed) and torch.equal(made.w4.absmax, absmax)
+    assert report.traffic.conflicts == 0
+
+
 @pytest.mark.parametrize("change, message", [
     ({"tokens": 24}, "tokens: expected 16, 32, 64 or 128, got 24"),
     ({"dtype": torch.float32}, r"dtype: expected 1 \(bf16\) or 2 \(fp16\), got 0"),
-    ({"k": 96, "block_size": 4096}, "k: expected a multiple of 64, got 96"),
+    ({"k": 96, "block_size": 4096}, r"k: expected a multiple of 64 below 2\^29, got 96"),
     ({"block_size": 32}, "block_size: expected 64 or more, got 32"),
-    ({"weights": 17}, "a list of weights: expected 1 to 16, got 17"),
+    ({"split": 2, "partial": False}, "split: expected 1 where there is no room for partial sums, got 2"),
+    ({"split": 0}, "split: expected 1 or more, got 0"),
+    ({"weights": 17}, "a list of weights: expected 1 to 16"),
 ])  # fmt: skip
 def test_refuses(change, message):
-    door = HostDoor()
-    if why := door.why_not():
-        pytest.skip(why)
-    given = {"tokens": 16, "dtype": BF16, "k": 64, "block_size": 64, "weights": 1} | change
-    made = Case(8, block_size=given["block_size"]).make(given["k"], 9, given["dtype"])
+    door = usable(HostDoor())
+    given = {"tokens": 16, "dtype": BF16, "k": 64, "block_size": 64, "weights": 1, "split": 1, "partial": True}
+    given |= change
+    made = Case(8, split=given["split"], block_size=given["block_size"]).make(given["k"], 9, given["dtype"])
     with pytest.raises(ValueError, match=message):
-        run(door, rows(9, given["k"], given["dtype"]), [made] * given["weights"], given["tokens"])
+        run(door, rows(9, given["k"], given["dtype"]), [made] * given["weights"], given["tokens"], given["partial"])

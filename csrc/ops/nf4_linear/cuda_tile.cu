@@ -4,200 +4,17 @@
 // table of pairs; tokens are its 8 columns. A step is 64 of k, one constant a row, in an order that suits the bytes: lane t of a
 // row takes elements 16 t to 16 t + 15, 8 packed bytes of W and two 128-bit loads of x. A step has sums of its own, multiplied by
 // the rows' constants when it is done: before the result is, nothing but the 4-bit code is rounded.
-#include "cuda/async_copy.cuh"
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
-#include "cuda/pairs.cuh"
 #include "cuda/partial_sums.cuh"
 #include "cuda/vector.cuh"
+#include "ops/nf4_linear/cuda_tile_input.cuh"
 #include "ops/nf4_linear/op.h"
 
 namespace peftk::cuda {
 namespace nf4_linear_tile_kernels {
 
-constexpr int kRows = 128;              // of W, a tile
-constexpr int kDepth = 64;              // of k, a step
-constexpr int kPackedRow = kDepth / 2;  // bytes of W's row in a step
-constexpr int kXRow = 2 * kDepth;       // bytes of a token in a step
-constexpr int kFragments = 2;           // of 16 rows, a warp: a byte is decoded by as many warps as share its row
-constexpr int kWarpRows = 16 * kFragments;
-constexpr int kSideBySide = 4;
-constexpr int kTogether = 8;  // tiles of tokens that go through all of W together: what L2 holds of x
-
-// At 128 tokens 64 sums of a step and 64 of the result leave a thread 127 registers; warps of 32 rows by 64 tokens then read 2.5
-// times as much shared memory for x as for W, any other shape more in all. Stages: what 99 KB hold, at most 40 KB under way.
-template <int kTokens>
-struct Tile {
-  static constexpr int kTokenWarps = kTokens > 64 ? 2 : 1;
-  static constexpr int kThreads = kRows / kWarpRows * kTokenWarps * kWarp;
-  static constexpr int kWarpTokens = kTokens / kTokenWarps;
-  static constexpr int kColumns = kWarpTokens / 8;  // MMAs side by side
-  static constexpr int kStages = kTokens == 128 ? 3 : 4;
-  static constexpr int kXBytes = kTokens * kXRow;
-  static constexpr int kStageBytes = kXBytes + kRows * kPackedRow;
-  static constexpr int kValue8Bytes = 256 * sizeof(float);
-  static constexpr int kSharedBytes = kPairBytes + kValue8Bytes + kStages * kStageBytes;
-  static_assert(kSharedBytes <= 99 << 10, "what every GPU since sm_80 gives a block");
-};
-
-struct Output {
-  DeviceWeight4 weight;
-  const void* bias;  // (n,) or nullptr
-  void* y;           // (m, n)
-  const void* s;     // (m, r) or nullptr
-  const void* b;     // (n, r)
-  std::int64_t r;
-  float* partial;  // (split, m, n), or nullptr where split is 1
-  float scale;
-  int split;
-  int row_tiles;
-  bool wide_y;         // 128-bit stores fit its rows
-  bool wide_low_rank;  // 64-bit loads fit those of s and b
-};
-
-struct Outputs {
-  int count;
-  int columns;  // of tiles: sum of row_tiles * split
-  Output of[kMostWeights];
-};
-
-struct Inputs {
-  const void* x;          // (m, k)
-  std::int64_t x_stride;  // elements from row to row
-  std::int64_t m;
-  int steps;  // of k
-};
-
-// What a block does: steps [begin, end) of a tile of an output.
-struct Work {
-  const Output& output;
-  std::int64_t row;    // of W, the tile's first
-  std::int64_t token;  // the tile's first
-  int run;             // of the output's split
-  int begin, end;
-};
-
-template <int kTokens>
-__device__ __forceinline__ Work find_work(const Outputs& outputs, const Inputs& inputs) {
-  const std::uint32_t tiles = static_cast<std::uint32_t>((inputs.m + kTokens - 1) / kTokens), columns = outputs.columns;
-  const std::uint32_t first = blockIdx.x / (kTogether * columns) * kTogether, at = blockIdx.x - first * columns;
-  const std::uint32_t together = min(tiles - first, static_cast<std::uint32_t>(kTogether));
-  int column = at / together, i = 0;
-  while (column >= outputs.of[i].row_tiles * outputs.of[i].split) column -= outputs.of[i].row_tiles * outputs.of[i].split, i++;
-  const Output& output = outputs.of[i];
-  const int run = column / output.row_tiles;
-  const auto edge = [&](std::int64_t r) { return static_cast<int>(inputs.steps * r / output.split); };
-  return {output,
-          static_cast<std::int64_t>(column % output.row_tiles) * kRows,
-          static_cast<std::int64_t>(first + at % together) * kTokens,
-          run,
-          edge(run),
-          edge(run + 1)};
-}
-
-// ---- from global memory -----------------------------------------------------------------------------------------------------
-
-// A thread's part of the copies: 16 bytes of every kXApart-th token and of every kPackedApart-th row. In a stage, tokens come
-// first, neighbouring 16 bytes of odd ones changed with each other, so that the eight lanes of a pass meet eight places (see
-// multiply).
-template <class T, int kTokens>
-struct Source {
-  using Shape = Tile<kTokens>;
-  static constexpr int kXApart = Shape::kThreads / (kXRow / 16), kXParts = kTokens / kXApart;
-  static constexpr int kPackedApart = Shape::kThreads / (kPackedRow / 16), kPackedParts = kRows / kPackedApart;
-
-  const T* x[kXParts];  // of a round's first step
-  const std::uint8_t* packed[kPackedParts];
-  int tokens, rows;     // that there are from this thread's first on
-  int x_at, packed_at;  // bytes into a stage
-
-  __device__ __forceinline__ Source(const Work& work, const Inputs& inputs) {
-    const std::int64_t row_bytes = static_cast<std::int64_t>(inputs.steps) * kPackedRow;
-    const int token = threadIdx.x / (kXRow / 16), x_part = threadIdx.x % (kXRow / 16);
-    const int row = threadIdx.x / (kPackedRow / 16), packed_part = threadIdx.x % (kPackedRow / 16);
-#pragma unroll
-    for (int i = 0; i < kXParts; i++)
-      x[i] = static_cast<const T*>(inputs.x) + (work.token + token + i * kXApart) * inputs.x_stride + work.begin * kDepth +
-             x_part * 8;
-#pragma unroll
-    for (int i = 0; i < kPackedParts; i++)
-      packed[i] = work.output.weight.packed + (work.row + row + i * kPackedApart) * row_bytes + work.begin * kPackedRow +
-                  packed_part * 16;
-    tokens = static_cast<int>(min(inputs.m - work.token, std::int64_t{kTokens})) - token;
-    rows = static_cast<int>(min(work.output.weight.n - work.row, std::int64_t{kRows})) - row;
-    x_at = token * kXRow + (x_part ^ (token & 1)) * 16;
-    packed_at = Shape::kXBytes + row * kPackedRow + packed_part * 16;
-  }
-
-  // The tiles of the step so many behind the round's first.
-  __device__ __forceinline__ void fetch(unsigned char* stage, int behind) const {
-#pragma unroll
-    for (int i = 0; i < kXParts; i++)
-      copy_async(stage + x_at + i * kXApart * kXRow, x[i] + behind * kDepth, i * kXApart < tokens ? 16 : 0);
-#pragma unroll
-    for (int i = 0; i < kPackedParts; i++)
-      copy_async(stage + packed_at + i * kPackedApart * kPackedRow, packed[i] + behind * kPackedRow,
-                 i * kPackedApart < rows ? 16 : 0);
-  }
-  __device__ __forceinline__ void next_round() {
-#pragma unroll
-    for (int i = 0; i < kXParts; i++) x[i] += Shape::kStages * kDepth;
-#pragma unroll
-    for (int i = 0; i < kPackedParts; i++) packed[i] += Shape::kStages * kPackedRow;
-  }
-};
-
-// The constant of a lane's own row, loaded a step before it is decoded. Blocks are counted from one that is first of its 256.
-struct RowScale {
-  const unsigned char* values;  // 8-bit codes where there are scales, else fp32
-  const float* scales;          // of 256 blocks each, or nullptr
-  float offset;
-  bool nested;
-  std::uint32_t value_bytes;
-  int log_steps;            // of a block
-  std::uint32_t ahead;      // blocks before the first step's
-  std::uint32_t step;       // from the start of the tile's first block on
-  std::uint32_t last_step;  // of the work
-  std::uint32_t bits;       // as loaded
-  float scale;
-
-  // The next step's; after the last one that again.
-  __device__ __forceinline__ void load() {
-    const std::uint32_t block = ahead + (step >> log_steps);
-    const unsigned char* const value = values + static_cast<std::uint64_t>(block) * value_bytes;
-    if (nested) {
-      bits = *value;
-      scale = scales[block / kNestedBlock];
-    } else {
-      bits = *reinterpret_cast<const std::uint32_t*>(value);
-    }
-    step = min(step + 1, last_step);
-  }
-  __device__ __forceinline__ float decode(const float* value8) const {
-    return nested ? __fadd_rn(__fmul_rn(value8[bits], scale), offset) : __uint_as_float(bits);
-  }
-};
-
-__device__ __forceinline__ RowScale row_scale(const Work& work, const Inputs& inputs, int row) {
-  const DeviceWeight4& weight = work.output.weight;
-  const auto& [values, scales, offset] = weight.scales;
-  const bool nested = scales != nullptr;
-  const int log_steps = weight.log_block - 6, value_bytes = nested ? 1 : 4;
-  const std::int64_t first = work.row * inputs.steps, block = first >> log_steps, origin = block & -kNestedBlock;
-  const std::uint32_t existing = static_cast<std::uint32_t>(min(weight.n - work.row - 1, static_cast<std::int64_t>(row)));
-  const std::uint32_t of_row = static_cast<std::uint32_t>(first - (block << log_steps)) + existing * inputs.steps;
-  return {static_cast<const unsigned char*>(values) + (nested ? origin : 4 * origin),
-          nested ? scales + origin / kNestedBlock : nullptr,
-          nested ? *offset : 0.0f,
-          nested,
-          static_cast<std::uint32_t>(value_bytes),
-          log_steps,
-          static_cast<std::uint32_t>(block - origin),
-          of_row + work.begin,
-          of_row + work.end - 1,
-          0,
-          0.0f};
-}
+constexpr int kSideBySide = 4;  // MMAs of 8 tokens: with 2 fragments 8 chains of them hide their latency
 
 // Elements at … at + 3 of a row of a (rows, r) matrix as pairs, zeros where there are none.
 template <class T>
@@ -263,13 +80,13 @@ __device__ __forceinline__ void start(Sums<kColumns>& sums, const Work& work, st
 // A step of the warp's rows as operands of its four MMAs, without their constants.
 using Operand = std::uint32_t[kDepth / 16][kFragments][4];
 
-__device__ __forceinline__ void decode(Operand& a, const unsigned char* packed, const std::uint32_t* pairs, std::uint32_t lane) {
+__device__ __forceinline__ void decode(Operand& a, SharedAddress packed, SharedAddress pairs) {
 #pragma unroll
   for (int i = 0; i < 2 * kFragments; i++) {  // rows g + 8 i
-    const uint2 words = *reinterpret_cast<const uint2*>(packed + i * 8 * kPackedRow);
+    const uint2 words = *shared_pointer<const uint2>(packed + i * 8 * kPackedRow);
 #pragma unroll
     for (int byte = 0; byte < 8; byte++)
-      a[byte / 2][i / 2][byte % 2 * 2 + i % 2] = pair_of(pairs, byte < 4 ? words.x : words.y, byte % 4, lane);
+      a[byte / 2][i / 2][byte % 2 * 2 + i % 2] = pair_of(pairs, byte < 4 ? words.x : words.y, byte % 4);
   }
 }
 
@@ -279,11 +96,11 @@ __device__ __forceinline__ void share(float (&constants)[2 * kFragments], float 
   for (int i = 0; i < 2 * kFragments; i++) constants[i] = __shfl_sync(kWholeWarp, own, lane.g + 8 * i);
 }
 
-// sums += constants * (a x^T) for MMAs side by side, which hide each other's latency; x_first and x_second are the first token's
-// halves of a lane's 16 elements.
+// sums += constants * (a x^T) from column `first` on; x_first and x_second are the halves of a lane's 16 elements of the warp's
+// first token.
 template <class T, int kColumns>
-__device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const Operand& a, const unsigned char* x_first,
-                                         const unsigned char* x_second, const float (&scale)[2 * kFragments]) {
+__device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const Operand& a, SharedAddress x_first,
+                                         SharedAddress x_second, const float (&constants)[2 * kFragments]) {
   constexpr int kSide = kColumns < kSideBySide ? kColumns : kSideBySide;
   float of_step[kFragments][kSide][4] = {};
 #pragma unroll
@@ -291,7 +108,7 @@ __device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const 
     std::uint32_t b[kSide][2][2];
 #pragma unroll
     for (int i = 0; i < kSide; i++) {
-      const uint4 v = *reinterpret_cast<const uint4*>((half ? x_second : x_first) + (first + i) * 8 * kXRow);
+      const uint4 v = load_in_order((half ? x_second : x_first) + (first + i) * 8 * kXRow);
       b[i][0][0] = v.x, b[i][0][1] = v.y, b[i][1][0] = v.z, b[i][1][1] = v.w;
     }
 #pragma unroll
@@ -308,7 +125,7 @@ __device__ __forceinline__ void multiply(Sums<kColumns>& sums, int first, const 
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         float& sum = sums[f][first + i][j];
-        sum = __fmaf_rn(of_step[f][i][j], scale[2 * f + j / 2], sum);
+        sum = __fmaf_rn(of_step[f][i][j], constants[2 * f + j / 2], sum);
       }
 }
 
@@ -389,10 +206,10 @@ __device__ __forceinline__ void make_tile(const Outputs& outputs, const Inputs& 
   const int quant_type = work.output.weight.quant_type;
   const float factor = pair_factor<T>(quant_type), unit = __frcp_rn(factor);
 
-  Source<T, kTokens> source(work, inputs);
+  Source<T, kTokens> source(work, inputs, stages);
 #pragma unroll
   for (int i = 0; i < Shape::kStages - 1; i++) {
-    if (work.begin + i < work.end) source.fetch(stages + i * Shape::kStageBytes, i);
+    if (work.begin + i < work.end) source.fetch(i);
     commit_copies();
   }
   RowScale scale = row_scale(work, inputs, lane.row + lane.lane);
@@ -403,27 +220,28 @@ __device__ __forceinline__ void make_tile(const Outputs& outputs, const Inputs& 
   Sums<Shape::kColumns> sums = {};
   if (work.output.s && work.run == 0) start<T, Shape::kColumns>(sums, work, inputs.m, lane, work.output.scale * factor);
 
-  const int own_packed = Shape::kXBytes + (lane.row + lane.g) * kPackedRow + lane.t * 8;
-  const int own_x = (lane.token + lane.g) * kXRow + (2 * lane.t ^ (lane.g & 1)) * 16;
-  for (int round = work.begin; round < work.end; round += Shape::kStages) {
+  const SharedAddress own_pairs = held(lane_pairs(pairs, lane.lane));
+  unsigned char* const x = stages + (lane.token + lane.g) * kXRow;
+  const int part = 2 * lane.t ^ (lane.g & 1);
+  const SharedAddress x_first = held(shared_address(x + part * 16)), x_second = held(shared_address(x + (part ^ 1) * 16));
+  const SharedAddress packed = held(shared_address(stages + Shape::kXBytes + (lane.row + lane.g) * kPackedRow + lane.t * 8));
+  for (int left = work.end - work.begin; left > 0; left -= Shape::kStages) {
 #pragma unroll
     for (int i = 0; i < Shape::kStages; i++) {
-      const int step = round + i;
-      if (step >= work.end) break;
+      if (i >= left) break;
       wait_copies<Shape::kStages - 2>();
       __syncthreads();  // all have the step's tiles, and are done with those of the step before
-      if (step + Shape::kStages - 1 < work.end)
-        source.fetch(stages + (i + Shape::kStages - 1) % Shape::kStages * Shape::kStageBytes, i + Shape::kStages - 1);
+      if (i + Shape::kStages - 1 < left) source.fetch(i + Shape::kStages - 1);
       commit_copies();
-      const unsigned char* const stage = stages + i * Shape::kStageBytes;
+      const int stage = i * Shape::kStageBytes;
       float constants[2 * kFragments];
       share(constants, scale.decode(value8), lane);
       scale.load();
       Operand a;
-      decode(a, stage + own_packed, pairs, lane.lane);
+      decode(a, packed + stage, own_pairs);
 #pragma unroll
       for (int column = 0; column < Shape::kColumns; column += kSideBySide)
-        multiply<T, Shape::kColumns>(sums, column, a, stage + own_x, stage + (own_x ^ 16), constants);
+        multiply<T, Shape::kColumns>(sums, column, a, x_first + stage, x_second + stage, constants);
     }
     source.next_round();
   }
@@ -437,6 +255,7 @@ __device__ __forceinline__ void make_tile(const Outputs& outputs, const Inputs& 
   store_results<T, kTokens>(results, work, inputs.m);
 }
 
+// The 1: without it ptxas takes 184 registers for 128 tokens, has two chains of MMAs at a time and a bubble behind each pair.
 template <class T, int kTokens>
 __global__ void __launch_bounds__(Tile<kTokens>::kThreads, 1)
     nf4_linear_tile_kernel(const Outputs outputs, const Inputs inputs, const Tables tables) {
@@ -450,7 +269,9 @@ Outputs make_outputs(const std::vector<LinearOutput>& list, std::int64_t m, floa
     Output& output = outputs.of[outputs.count++];
     output = {device_weight(weight), bias, y, s, b, r, split > 1 ? partial : nullptr, scale, split};
     const std::int64_t n = output.weight.n;
-    if (output.weight.log_block < 6) refuse("block_size: expected 64 or more, got", 1L << output.weight.log_block);
+    if (split < 1) refuse("split: expected 1 or more", split);
+    if (split > 1 && !partial && m * n > 0) refuse("split: expected 1 where there is no room for partial sums", split);
+    if (output.weight.log_block < 6) refuse("block_size: expected 64 or more", 1L << output.weight.log_block);
     output.row_tiles = static_cast<int>((n + kRows - 1) / kRows);
     output.wide_y = n % kPerVector<T> == 0 && is_aligned(y, kVectorBytes);
     output.wide_low_rank = r % 4 == 0 && is_aligned(s, 8) && is_aligned(b, 8);
@@ -476,7 +297,7 @@ void launch_all(const std::vector<LinearOutput>& list, const Inputs& inputs, int
     case 32: launch_tiles<T, 32>(outputs, inputs, stream); break;
     case 64: launch_tiles<T, 64>(outputs, inputs, stream); break;
     case 128: launch_tiles<T, 128>(outputs, inputs, stream); break;
-    default: refuse("tokens: expected 16, 32, 64 or 128, got", tokens);
+    default: refuse("tokens: expected 16, 32, 64 or 128", tokens);
   }
   PartialSumsList sums{};
   for (int i = 0; i < outputs.count; i++) {
@@ -492,14 +313,14 @@ void nf4_linear_tile(const std::vector<LinearOutput>& outputs, std::int64_t k, c
                      std::int64_t m, int dtype, int tokens, float* partial, void* stream) {
   using namespace nf4_linear_tile_kernels;
   check_count(outputs.size());
-  if (k % kDepth) refuse("k: expected a multiple of 64, got", k);
+  if (k % kDepth || k >= kMostDepth) refuse("k: expected a multiple of 64 below 2^29", k);
   const Inputs inputs{x, x_stride, m, static_cast<int>(k / kDepth)};
   with_type(x, dtype, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     if constexpr (sizeof(T) == 2)
       launch_all<T>(outputs, inputs, tokens, partial, stream);
     else
-      refuse("dtype: expected 1 (bf16) or 2 (fp16), got", dtype);
+      refuse("dtype: expected 1 (bf16) or 2 (fp16)", dtype);
   });
 }
 

@@ -53,9 +53,11 @@ class HostDoor:
 
 
 class PtxDoor:
-    """Launches in the emulator; ``reports`` holds those of the last call, (kernel, report) each."""
+    """Launches in the emulator; ``reports`` holds those of the last call, (kernel, report) each, ``traffic``: with sectors and
+    bank conflicts."""
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: bool = False) -> None:
+        self.traffic = traffic
         self.reports: list[tuple[str, Any]] = []
 
     def why_not(self) -> str:
@@ -77,7 +79,8 @@ class PtxDoor:
         self.reports = []
 
         def launch(symbol: str, grid: tuple, block: tuple, shared_bytes: int, parameters: list[bytes]) -> None:
-            report = _program(source_of(op)).run(symbol, grid, block, shared_bytes, parameters, memory)
+            program = _program(source_of(op))
+            report = program.run(symbol, grid, block, shared_bytes, parameters, memory, traffic=self.traffic)
             self.reports.append((symbol, report))
 
         host_module().set_receiver(launch)
