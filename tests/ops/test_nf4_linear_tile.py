@@ -10,10 +10,7 @@ from emulation.cuda_host.door import HostDoor, PtxDoor
 from numerics import assert_no_worse_than_twice_plain, row_scaled
 
 import peftk
-from bench.static import nvcc
 from peftk.native import NATIVE_DTYPE
-from peftk.ops.nf4_linear.cuda import weight_argument
-from peftk.ops.gpu_product import Weight
 
 DOORS = {"cuda-host": HostDoor, "cuda-ptx": PtxDoor}
 SCALE = 0.5
@@ -81,9 +78,7 @@ def run(door, x: torch.Tensor, made: list[Made], tokens: int) -> None:
     m, k = x.shape
     size = sum(one.case.split * m * one.case.n for one in made if one.case.split > 1)
     partial = torch.full((size,), float("nan")) if size else None
-    door.call(
-        "nf4_linear_tile", [one.argument() for one in made], k, x, x.stride(0), m, NATIVE_DTYPE[x.dtype], tokens, partial
-    )
+    door.call("nf4_linear_tile", [one.argument() for one in made], k, x, x.stride(0), m, NATIVE_DTYPE[x.dtype], tokens, partial)
 
 
 def rows(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
