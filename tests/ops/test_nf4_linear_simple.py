@@ -10,6 +10,7 @@ import pytest
 import torch
 from emulation import doors
 from emulation.ptx import Program
+from emulation.ptx.memory import AddressSpace
 from numerics import assert_no_worse_than_twice_plain, row_scaled
 
 import peftk
@@ -280,16 +281,31 @@ def test_a_list_is_no_longer_than_a_launch_takes(door):
         forward(door, x, [one] * 17)
 
 
-@pytest.mark.parametrize("rows", [8, 64])
-def test_bytes_and_banks(door, rows, monkeypatch):
-    """Packed bytes are read once for each tile of rows; no access of the main loop conflicts in shared memory."""
+@pytest.mark.parametrize("k", [256, 77])
+@pytest.mark.parametrize("m", [8, 64])
+def test_bytes_and_banks(door, m, k, monkeypatch):
+    """A tile of rows reads packed bytes once (k = 77: a word that begins inside a byte shares it with the one before) and writes
+    none; no access conflicts in shared memory."""
     if not hasattr(door, "reports"):
         pytest.skip("the host counts no bytes")
-    monkeypatch.setattr(Program, "run", partialmethod(Program.run, traffic=True))
-    n, k, m = 64, 256, rows
+    n, read, load = 64, [], AddressSpace.load
     w4 = quantized(n, k, double_quant=False)
-    forward(door, torch.randn(m, k, dtype=torch.bfloat16), [One(w4)])
-    ((_, there),) = door.reports
-    backward(door, m, k, [One(w4, dy=torch.randn(m, n, dtype=torch.bfloat16))])
-    ((_, back),) = door.reports
-    print(there.accesses, back.accesses, there.traffic, back.traffic)
+    before = w4.packed.clone()
+    first, end = w4.packed.data_ptr(), w4.packed.data_ptr() + w4.packed.numel()
+
+    def counting(self: AddressSpace, lanes: Any, address: Any, size: int) -> Any:
+        read.append(size * int(((address >= first) & (address < end)).sum()))
+        return load(self, lanes, address, size)
+
+    monkeypatch.setattr(AddressSpace, "load", counting)
+    monkeypatch.setattr(Program, "run", partialmethod(Program.run, traffic=True))
+    shared_bytes = 0 if k % 8 == 0 else sum((row * k + word) % 2 for row in range(n) for word in range(0, k, 8))
+    for call in (
+        lambda: forward(door, torch.randn(m, k).bfloat16(), [One(w4)]),
+        lambda: backward(door, m, k, [One(w4, dy=torch.randn(m, n).bfloat16())]),
+    ):
+        read.clear()
+        call()
+        ((_, report),) = door.reports
+        assert w4.packed.numel() <= sum(read) <= w4.packed.numel() + shared_bytes + n
+        assert report.traffic.conflicts == 0 and torch.equal(w4.packed, before)

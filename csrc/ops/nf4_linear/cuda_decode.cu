@@ -33,16 +33,20 @@ struct Chunk {  // of W (n, k)
 };
 
 // `own`: the scale of the lane's piece; `out`: where the lane's columns of the first row go.
-template <bool kUnderflow, class T>
+template <class T>
 __device__ __forceinline__ void decode_tile(const ByteRow* table, const typename Tile<T>::Packed (&words)[Tile<T>::kRows],
                                             float own, std::uint32_t lane, std::int64_t columns, T* out) {
   using Tile = Tile<T>;
   const std::uint32_t at = lane % kByteCopies * sizeof(float2), piece = lane * Tile::kOwn / kPiece;
+  const bool rare = __any_sync(kWholeWarp, may_underflow(own));
 #pragma unroll
   for (int r = 0; r < Tile::kRows; r++, out += columns) {
     const float scale = __shfl_sync(kWholeWarp, own, r * Tile::kPieces + piece);
     float values[Tile::kOwn];
-    decode_bytes<kUnderflow>(table, words[r], at, scale, values);
+    if (rare)
+      decode_bytes<true>(table, words[r], at, scale, values);
+    else
+      decode_bytes<false>(table, words[r], at, scale, values);
     __stcg(reinterpret_cast<uint4*>(out), round_vector<T>(values));
   }
 }
@@ -79,10 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     const std::uint64_t block = static_cast<std::uint64_t>(start + piece) >> chunk.weight.log_block;
     const float own = scale_of<kNested>(chunk.weight.scales, block, offset, value8);
     T* const there = out + row * chunk.columns + column + lane * Tile::kOwn;
-    if (__any_sync(kWholeWarp, may_underflow(own)))
-      decode_tile<true>(table, words, own, lane, chunk.columns, there);
-    else
-      decode_tile<false>(table, words, own, lane, chunk.columns, there);
+    decode_tile(table, words, own, lane, chunk.columns, there);
   }
 }
 
