@@ -26,15 +26,16 @@ constexpr int kThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_partials_kernel(PartialSumsList list,  // blockIdx.y: which
-                                                                std::int64_t m) {
+                                                                std::int64_t m,
+                                                                unsigned tiles) {  // of kThreads columns, the widest output's
   const PartialSums& sums = list.of[blockIdx.y];
-  const std::int64_t count = m * sums.n, step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
-    float sum = sums.partial[i];
-    for (int split = 1; split < sums.splits; split++) sum = __fadd_rn(sum, sums.partial[split * count + i]);
-    if (sums.bias) sum = __fadd_rn(sum, to_float(static_cast<const T*>(sums.bias)[i % sums.n]));
-    static_cast<T*>(sums.out)[i] = round_to<T>(sum);
-  }
+  const std::int64_t row = blockIdx.x / tiles, column = static_cast<std::int64_t>(blockIdx.x % tiles) * kThreads + threadIdx.x;
+  if (column >= sums.n) return;
+  const float* partial = sums.partial + row * sums.n + column;
+  float sum = *partial;
+  for (int split = 1; split < sums.splits; split++) sum = __fadd_rn(sum, *(partial += m * sums.n));
+  if (sums.bias) sum = __fadd_rn(sum, to_float(static_cast<const T*>(sums.bias)[column]));
+  static_cast<T*>(sums.out)[row * sums.n + column] = round_to<T>(sum);
 }
 
 }  // namespace partial_sums_kernels
@@ -46,8 +47,9 @@ void sum_partials(const PartialSumsList& list, std::int64_t m, void* stream) {
   std::int64_t most = 0;
   for (int i = 0; i < list.count; i++) most = list.of[i].n > most ? list.of[i].n : most;
   if (!list.count || m * most == 0) return;
-  const dim3 blocks(blocks_for(m * most, kThreads, kResidentThreads / kThreads), static_cast<unsigned>(list.count));
-  launch(sum_partials_kernel<T>, blocks, kThreads, 0, stream, list, m);
+  const std::int64_t tiles = (most + kThreads - 1) / kThreads;
+  const dim3 blocks(static_cast<unsigned>(m * tiles), static_cast<unsigned>(list.count));
+  launch(sum_partials_kernel<T>, blocks, kThreads, 0, stream, list, m, static_cast<unsigned>(tiles));
 }
 
 }  // namespace peftk::cuda

@@ -10,10 +10,7 @@ from emulation.cuda_host.door import HostDoor, PtxDoor
 from numerics import assert_no_worse_than_twice_plain, row_scaled
 
 import peftk
-<<<<<<< HEAD
 from peftk.format.code4 import code4
-=======
->>>>>>> d27987505ad59fa7c5f30a09bb021bc091e4ba80
 from peftk.native import NATIVE_DTYPE
 
 DOORS = {"cuda-host": HostDoor, "cuda-ptx": PtxDoor}
@@ -83,11 +80,7 @@ class Made:
 def run(door, x: torch.Tensor, made: list[Made], tokens: int, with_partial: bool = True) -> None:
     m, k = x.shape
     size = sum(one.case.split * m * one.case.n for one in made if one.case.split > 1)
-<<<<<<< HEAD
     partial = torch.full((size,), float("nan")) if size and with_partial else None
-=======
-    partial = torch.full((size,), float("nan")) if size else None
->>>>>>> d27987505ad59fa7c5f30a09bb021bc091e4ba80
     door.call("nf4_linear_tile", [one.argument() for one in made], k, x, x.stride(0), m, NATIVE_DTYPE[x.dtype], tokens, partial)
 
 

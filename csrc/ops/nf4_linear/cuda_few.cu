@@ -210,9 +210,8 @@ __device__ __forceinline__ void add_scaled(float (&sums)[4], const float (&c)[4]
 }
 
 template <class T>
-__device__ __forceinline__ void multiply_step(Sums& sums, const Shared& shared, const uint2 (&words)[kOctets],
+__device__ __forceinline__ void multiply_step(Sums& sums, SharedAddress pairs, const uint2 (&words)[kOctets],
                                               const float (&scale)[kOctets], const T* x) {
-  const std::uint32_t lane = threadIdx.x % kWarp;
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(x)), w = __ldg(reinterpret_cast<const uint4*>(x) + 1);
   const std::uint32_t columns[4][2] = {{v.x, v.y}, {v.z, v.w}, {w.x, w.y}, {w.z, w.w}};
 #pragma unroll
@@ -223,8 +222,8 @@ __device__ __forceinline__ void multiply_step(Sums& sums, const Shared& shared, 
     for (int i = 0; i < 4; i++) {
       const std::uint32_t u = i < 2 ? upper.x : upper.y, l = i < 2 ? lower.x : lower.y;
       const int byte = 2 * i % 4;
-      const std::uint32_t rows[4] = {pair_of(shared.pairs, u, byte, lane), pair_of(shared.pairs, l, byte, lane),
-                                     pair_of(shared.pairs, u, byte + 1, lane), pair_of(shared.pairs, l, byte + 1, lane)};
+      const std::uint32_t rows[4] = {pair_of(pairs, u, byte), pair_of(pairs, l, byte), pair_of(pairs, u, byte + 1),
+                                     pair_of(pairs, l, byte + 1)};
       mma<T>(c, rows, columns[i]);
     }
     add_scaled(sums[pair], c, scale[2 * pair], scale[2 * pair + 1]);
@@ -244,7 +243,8 @@ __device__ __forceinline__ void decode(float (&scale)[kOctets], const Shared& sh
 }
 
 template <class T>
-__device__ __forceinline__ void multiply(Sums& sums, const Shared& shared, Ahead& ahead, Share<T>& share, float offset) {
+__device__ __forceinline__ void multiply(Sums& sums, Shared& shared, Ahead& ahead, Share<T>& share, float offset) {
+  const SharedAddress pairs = lane_pairs(shared.pairs, threadIdx.x % kWarp);
   for (; share.left > 0; advance(share)) {
     float own[kOctets];
     decode(own, shared, ahead, share.nested, offset);
@@ -255,7 +255,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const Shared& shared, Ahead
       float scale[kOctets];
 #pragma unroll
       for (int octet = 0; octet < kOctets; octet++) scale[octet] = __shfl_sync(kWholeWarp, own[octet], step, 4);
-      multiply_step(sums, shared, ahead.words[step % kAhead], scale, share.x + step * kDepth);
+      multiply_step(sums, pairs, ahead.words[step % kAhead], scale, share.x + step * kDepth);
       load_words(ahead, share, step + kAhead, step % kAhead);
     }
   }
