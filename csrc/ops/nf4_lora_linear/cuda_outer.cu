@@ -60,36 +60,45 @@ __device__ __forceinline__ void drop_rows(const Dropout& dropout, std::int64_t c
   for (int i = 0; i < 4; i++) drop(rows[i], keep >> 8 * i);
 }
 
-// sums[kTiles * set + j] += the 16 columns of a set times eight j of thin's columns.
-template <class T, int kTiles>
-__device__ __forceinline__ void multiply_rows(const Elements<8> (&wide)[4], const Elements<kTiles> (&thin)[4],
-                                              float (&sums)[kSets * kTiles][4]) {
-  std::uint32_t upper[8], lower[8], b_upper[kTiles], b_lower[kTiles];
-  pair_rows(wide[0], wide[1], upper);
-  pair_rows(wide[2], wide[3], lower);
-  pair_rows(thin[0], thin[1], b_upper);
-  pair_rows(thin[2], thin[3], b_lower);
-#pragma unroll
-  for (int set = 0; set < kSets; set++) {
-    const std::uint32_t a[4] = {upper[set], upper[set + 4], lower[set], lower[set + 4]};
-#pragma unroll
-    for (int j = 0; j < kTiles; j++) mma<T>(sums[kTiles * set + j], a, {b_upper[j], b_lower[j]});
-  }
-}
+// A step as MMA takes it: the 16 columns of a set, eights of thin's columns.
+template <int kTiles>
+struct Fragments {
+  std::uint32_t a[kSets][4], b[kTiles][2];
 
-// The warp's steps of a run of m. All lanes take part in each, whether their rows are there or not.
+  __device__ __forceinline__ Fragments(const Elements<8> (&wide)[4], const Elements<kTiles> (&thin)[4]) {
+    std::uint32_t pairs[8], thin_pairs[kTiles];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      pair_rows(wide[2 * half], wide[2 * half + 1], pairs);
+      pair_rows(thin[2 * half], thin[2 * half + 1], thin_pairs);
+#pragma unroll
+      for (int i = 0; i < 8; i++) a[i % kSets][2 * half + i / kSets] = pairs[i];
+#pragma unroll
+      for (int j = 0; j < kTiles; j++) b[j][half] = thin_pairs[j];
+    }
+  }
+};
+
+// The warp's steps of a run of m. All lanes take part in each, whether their rows are there or not; a step's elements are under
+// way while the one before is multiplied.
 template <bool kDropout, bool kVector, class T, int kTiles>
-__device__ __forceinline__ void multiply_rows_of(const OuterProduct& product, int step, int end, int column,
-                                                 OuterLane<T, kTiles>& lane, float (&sums)[kSets * kTiles][4]) {
+__device__ __forceinline__ void multiply_rows(const OuterProduct& product, int step, int end, int column,
+                                              OuterLane<T, kTiles>& lane, float (&sums)[kSets * kTiles][4]) {
+  constexpr int kTurn = kStepRows * kOuterWarps;
+  const int own = 4 * (threadIdx.x % 4);
+  Elements<8> wide[4];
+  Elements<kTiles> thin[4];
+  lane.template load<kVector>(end - step - own, wide, thin);
 #pragma unroll 1
-  for (; step < end; step += kStepRows * kOuterWarps) {
-    const int row = step + 4 * (threadIdx.x % 4);
-    Elements<8> wide[4];
-    Elements<kTiles> thin[4];
-    lane.template load<kVector>(end - row, wide, thin);
-    if constexpr (kDropout) drop_rows(product.dropout, product.c, row, column, wide);
-    multiply_rows<T>(wide, thin, sums);
-    lane.advance(kStepRows * kOuterWarps);
+  for (; step < end; step += kTurn) {
+    if constexpr (kDropout) drop_rows(product.dropout, product.c, step + own, column, wide);
+    const Fragments<kTiles> now(wide, thin);
+    lane.advance(kTurn);
+    lane.template load<kVector>(end - step - kTurn - own, wide, thin);
+#pragma unroll
+    for (int set = 0; set < kSets; set++)
+#pragma unroll
+      for (int j = 0; j < kTiles; j++) mma<T>(sums[kTiles * set + j], now.a[set], now.b[j]);
   }
 }
 
@@ -124,9 +133,9 @@ __global__ void __launch_bounds__(kOuterThreads, kTiles == 8   ? 2
                               column < product.c};
     float sums[kFragments][4] = {};
     if (product.dropout.drop_below)
-      multiply_rows_of<true, kVector>(product, step, run.end, column, lane, sums);
+      multiply_rows<true, kVector>(product, step, run.end, column, lane, sums);
     else
-      multiply_rows_of<false, kVector>(product, step, run.end, column, lane, sums);
+      multiply_rows<false, kVector>(product, step, run.end, column, lane, sums);
 
     add_over_warps<kOuterWarps, 1>(sums, exchange);
     float* const ordered = reinterpret_cast<float*>(exchange);  // [kColumns][kSumRow]

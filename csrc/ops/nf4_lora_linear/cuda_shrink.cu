@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kShrinkThreads, kTiles == 8   ? 2
     WideLane<T> wide(lead, m, first_row + g, round + 8 * t);
     FactorLane<T, kFactor, kTiles> factor(list, group, pass, g, round + 8 * t);
     float sums[kFragments][4] = {};
-    if (lead.dropout.drop_below)
-      multiply_run<true>(lead, first_row + g, round, run.end, wide, factor, sums);
+    if (kFactor == Factor::columns && lead.dropout.drop_below)
+      multiply_run<kFactor == Factor::columns>(lead, first_row + g, round, run.end, wide, factor, sums);
     else
       multiply_run<false>(lead, first_row + g, round, run.end, wide, factor, sums);
 
@@ -238,8 +238,8 @@ Factor factor_kind(const ShrinkProduct& p) {
   if (sizeof(T) != 2 || capability() < 80) return Factor::strided;
   if (p.c % 8 || p.stride % 8 || !is_aligned(p.wide, kVectorBytes)) return Factor::strided;
   if (p.factor_row == 1 && (p.r == 1 || p.factor_column % 8 == 0) && is_aligned(p.factor, kVectorBytes)) return Factor::columns;
-  const bool near = p.factor_row >= 0 && p.factor_row < INT32_MAX / kTurn;
-  return p.factor_column == 1 && near ? Factor::rows : Factor::strided;
+  const bool near = p.factor_row >= 0 && p.factor_row < INT32_MAX / kTurn;  // a lane counts a turn's rows in 32 bits
+  return p.factor_column == 1 && near && !p.dropout.drop_below ? Factor::rows : Factor::strided;  // T has no dropout
 }
 
 inline bool shares_wide(const ShrinkProduct& a, const ShrinkProduct& b) {
@@ -279,7 +279,7 @@ void launch_shrink_of(Factor kind, ShrinkList& list, int m, int split, void* str
     whole &= p.r % kTiles == 0 && p.factor_row % kTiles == 0 && is_aligned(p.factor, kTiles * sizeof(T));
   }
   whole ? launch_shrink<T, Factor::rows, kTiles>(list, m, split, stream)
-        : launch_shrink<T, Factor::scalar_rows, kTiles>(list, m, split, stream);
+        : launch_shrink<T, Factor::scalar_rows, kTiles == 2 ? 2 : 4>(list, m, split, stream);  // 8: its single loads spill
 }
 
 template <class T>
