@@ -5,6 +5,7 @@
 #include "ops/blockwise8_quantize/op.h"
 #include "ops/nf4_dequantize/op.h"
 #include "ops/nf4_linear/op.h"
+#include "ops/nf4_lora_linear/op.h"
 #include "ops/nf4_quantize/op.h"
 #include "ops/philox_dropout/op.h"
 
@@ -22,6 +23,8 @@ inline void expose_cuda_ops(py::module_& m) {
   PEFTK_CUDA_OP(nf4_linear_simple);
   PEFTK_CUDA_OP(nf4_linear_tile);
   PEFTK_CUDA_OP(nf4_linear_dx_tile);
+  PEFTK_CUDA_OP(nf4_lora_linear_outer);
+  PEFTK_CUDA_OP(nf4_lora_linear_shrink);
   PEFTK_CUDA_OP(nf4_quantize);
   PEFTK_CUDA_OP(philox_dropout);
 }

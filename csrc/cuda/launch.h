@@ -16,6 +16,7 @@ struct AsDeclared {
 };
 
 #ifdef PEFTK_CUDA_HOST
+using cuda_host::capability;
 using cuda_host::launch;
 using cuda_host::multiprocessors;
 #else
@@ -31,11 +32,16 @@ inline const char* name_of(const void* kernel) {
 }
 
 // Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int attribute(cudaDeviceAttr which, const char* what) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "the current device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the device's multiprocessors");
-  return count;
+  check(cudaDeviceGetAttribute(&value, which, device), what);
+  return value;
+}
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, "the device's multiprocessors"); }
+inline int capability() {  // 80: sm_80
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, "the device's capability") +
+         attribute(cudaDevAttrComputeCapabilityMinor, "the device's capability");
 }
 
 template <class... Parameters>

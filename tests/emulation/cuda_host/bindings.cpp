@@ -7,6 +7,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(cuda_host, m) {
   peftk::expose_cuda_ops(m);
   m.def("set_seed", &cuda_host::set_seed);
+  m.def("set_capability", &cuda_host::set_capability);
   m.def("set_multiprocessors", &cuda_host::set_multiprocessors);
   // receiver(symbol, grid, block, shared_bytes, parameters) takes launches; None: fibers run them.
   m.def("set_receiver", [](const py::object& receiver) {

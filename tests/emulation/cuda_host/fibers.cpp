@@ -51,6 +51,7 @@ Bytes poisoned(std::size_t size) {
 struct Device {
   std::uint64_t seed = 0, state = 0;
   int multiprocessors = 2;
+  int capability = 80;
   std::function<void(const Launch&)> receiver;
 
   std::vector<Fiber> fibers;
@@ -259,6 +260,8 @@ void* shared_bytes(const void* name, std::size_t size) {
 void* dynamic_shared() { return device.dynamic.get(); }
 
 void set_seed(std::uint64_t seed) { device.seed = seed; }
+void set_capability(int number) { device.capability = number; }
+int capability() { return device.capability; }
 void set_multiprocessors(int count) { device.multiprocessors = count; }
 int multiprocessors() { return device.multiprocessors; }
 void set_receiver(std::function<void(const Launch&)> receiver) { device.receiver = std::move(receiver); }

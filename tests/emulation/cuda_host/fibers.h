@@ -87,6 +87,8 @@ struct Launch {
 };
 
 void set_seed(std::uint64_t seed);
+void set_capability(int number);  // 80: sm_80
+int capability();
 void set_multiprocessors(int count);
 int multiprocessors();
 void set_receiver(std::function<void(const Launch&)> receiver);  // takes launches instead of fibers; empty: fibers again
