@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from numerics import assert_no_worse_than_twice_plain
@@ -24,12 +25,23 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE, SEED = 0.5, 11
 
 
-def lora(x, w, A, B, bias, z, dropout):
-    """The plain composition in the tensors' own dtype; autograd gives its gradients."""
+Order = Sequence[torch.Tensor]  # permutations of m, n, k and r
+
+
+def orders(*sizes: int) -> list[Order]:
+    """As it is, and two others."""
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.arange(size) for size in sizes], *([torch.randperm(s, generator=generator) for s in sizes] for _ in range(2))]
+
+
+def lora(x, w, A, B, bias, z, dropout, order: Order):
+    """The plain composition in the tensors' own dtype, every sum in that order; autograd gives its gradients."""
     branch = x if z is None else z
     branch = philox_dropout(branch, dropout, SEED) if dropout else branch
-    y = torch.nn.functional.linear(x, w, bias)
-    return y + SCALE * torch.nn.functional.linear(torch.nn.functional.linear(branch, A), B)
+    m, n, k, r = order
+    y = torch.nn.functional.linear(x[m][:, k], w[n][:, k], bias[n])
+    low = torch.nn.functional.linear(branch[m][:, k], A[r][:, k])
+    return (y + SCALE * torch.nn.functional.linear(low, B[n][:, r]))[m.argsort()][:, n.argsort()]
 
 
 def assert_forward_and_gradients(
@@ -41,16 +53,19 @@ def assert_forward_and_gradients(
         "x": torch.randn(m, k), "A": torch.randn(r, k) / k**0.5, "B": torch.randn(n, r), "bias": torch.randn(n),
         "z": torch.randn(m, k) if with_z else None,
     }  # fmt: skip
-    dy, results = torch.randn(m, n).to(dtype), {}
-    for name, cast in (("ours", dtype), ("plain", dtype), ("truth", torch.float64)):
+    dy = torch.randn(m, n).to(dtype)
+
+    def results(run: Callable[..., torch.Tensor], cast: torch.dtype) -> dict[str, torch.Tensor]:
         values = {key: None if v is None else v.to(dtype).to(cast).clone().requires_grad_() for key, v in leaves.items()}
-        if name == "ours":
-            y = op(**values)
-            y.backward(dy)
-        else:
-            with peftk.use("reference"):
-                y = lora(w=w.to(cast), dropout=dropout, **values)
-                y.backward(dy.to(cast))
-        results[name] = {"y": y.detach(), **{key: v.grad for key, v in values.items() if v is not None}}
-    for key, truth in results["truth"].items():
-        assert_no_worse_than_twice_plain(results["ours"][key], results["plain"][key], truth)
+        y = run(**values)
+        y.backward(dy.to(cast))
+        return {"y": y.detach(), **{key: v.grad for key, v in values.items() if v is not None}}
+
+    def composed(order: Order, cast: torch.dtype) -> dict[str, torch.Tensor]:
+        with peftk.use("reference"):
+            return results(partial(lora, w=w.to(cast), dropout=dropout, order=order), cast)
+
+    ours, every = results(op, dtype), orders(m, n, k, r)
+    plains = [composed(order, dtype) for order in every]
+    for key, truth in composed(every[0], torch.float64).items():
+        assert_no_worse_than_twice_plain(ours[key], [plain[key] for plain in plains], truth)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -11,11 +13,15 @@ def row_scaled(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(*shape) * scale).to(dtype)
 
 
-def assert_no_worse_than_twice_plain(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    """Distance to the fp64 truth, in Frobenius norm and of the largest element, against that of a plain product."""
-    assert got.dtype == plain.dtype and got.shape == plain.shape and not got.isnan().any()
+def assert_no_worse_than_twice_plain(
+    got: torch.Tensor, plain: torch.Tensor | Sequence[torch.Tensor], truth: torch.Tensor
+) -> None:
+    """Distance to the fp64 truth, in Frobenius norm and of the largest element, against that of a plain product: the largest
+    where there are several, summed in other orders. A few sums of few numbers come out nearly exact in some order, by luck."""
+    plains = [plain] if isinstance(plain, torch.Tensor) else plain
+    assert all(got.dtype == p.dtype and got.shape == p.shape for p in plains) and not got.isnan().any()
     if truth.numel() == 0:
         return
     floor = torch.finfo(got.dtype).eps * truth.abs().max().item() / 8  # a plain product may be exact by luck on a few elements
     for distance in (torch.linalg.norm, lambda d: d.abs().max()):
-        assert distance(got.double() - truth) <= 2 * distance(plain.double() - truth) + floor
+        assert distance(got.double() - truth) <= 2 * max(distance(p.double() - truth) for p in plains) + floor

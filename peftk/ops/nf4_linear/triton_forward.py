@@ -79,9 +79,7 @@ def nf4_linear_forward(
         column = step * DEPTH + tl.arange(0, DEPTH)
         if IN_WORDS:
             x_tile = tl.load(x_row + column[None, :])
-            w = tile_in_words(
-                packed, table, absmax, absmax_scale, offset, table8, block_bits, w_row + step * DEPTH, k, DEPTH
-            )
+            w = tile_in_words(packed, table, absmax, absmax_scale, offset, table8, block_bits, w_row + step * DEPTH, k, DEPTH)
         else:
             x_tile = tl.load(x_row + column[None, :], mask=(column < k)[None, :], other=0.0)
             element = w_row[:, None] + tl.minimum(column, k - 1)[None, :]

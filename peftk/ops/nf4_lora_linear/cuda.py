@@ -15,7 +15,7 @@ from peftk.ops.nf4_lora_linear import on_gpu
 
 MOST_PRODUCTS = 16  # of a launch: as kMostWeights in csrc/cuda/weight4.cuh
 BLOCKS = 2  # a multiprocessor that a thin product should have: its inner dimension is split until it has them
-SHRINK_ROWS, OUTER_COLUMNS = 16, 64  # of the wide matrix a thread block takes
+SHRINK_ROWS, OUTER_COLUMNS = 64, 64  # of the wide matrix a thread block takes
 LEAST_DEPTH = 256  # of the inner dimension that a thread block should have to itself
 
 
