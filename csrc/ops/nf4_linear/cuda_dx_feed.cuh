@@ -23,7 +23,7 @@ constexpr int kCopies = 16;   // of the table of pairs: a 64-bit access is serve
 constexpr int kNoCode = 256;  // of constants that are not double quantised; its value is 1
 static_assert(kStep * kPackedChunks == kThreads, "each thread copies one packed chunk a step");
 
-// With 128 tokens a thread has 128 sums, and a block a multiprocessor to itself. Shared memory: 53, 59, 58 and 70 KB.
+// With 128 tokens a thread has 128 sums, and a block a multiprocessor to itself. Shared memory: 54, 58, 58 and 70 KB.
 template <int kTokens>
 inline constexpr int kResidentBlocks = kTokens == 128 ? 1 : 2;
 
@@ -31,8 +31,19 @@ inline constexpr int kResidentBlocks = kTokens == 128 ? 1 : 2;
 template <int kTokens>
 inline constexpr int kAhead = kTokens >= 64 ? 2 : 3;
 
+// A block's constant is value8[code] * factor + offset; the constant itself is the factor where there are no codes.
+struct Constants {
+  const std::uint8_t* codes;  // (blocks,) or nullptr
+  const float* factors;       // (blocks >> log_factor,)
+  const float* offset;        // (1,)
+  int log_block;              // of kScaleColumns columns
+  int log_factor;
+};
+
 struct Gradient {
-  DeviceWeight4 weight;
+  const std::uint8_t* packed;
+  Constants constants;
+  int n;
   const void* dy;
   std::int64_t dy_stride;  // elements
   const void* t;           // (m, r) or nullptr
@@ -78,7 +89,7 @@ __device__ __forceinline__ int scale_at(int row) { return row % 8 / 2 * 8 + row 
 // `value` in a register: what comes out of a shuffle ptxas can't compute again from threadIdx each step, as it likes to.
 __device__ __forceinline__ int held(int value) { return __shfl_sync(kWholeWarp, value, threadIdx.x % kWarp); }
 
-// A constant as it comes from memory, value8[code] * factor + offset; it is decoded a step before it is used.
+// A constant as it comes from memory; it is decoded a step before it is used.
 struct RawScale {
   int code;
   float factor, offset;
@@ -126,9 +137,9 @@ struct Feed {
   __device__ __forceinline__ void enter(const GradientList& list, const Tile& tile, int step) {
     while (step >= list.of[weight].end) weight++;
     const Gradient& gradient = list.of[weight];
-    rows = static_cast<int>(gradient.weight.n);
+    rows = gradient.n;
     row = (step - gradient.begin) * kStep;
-    packed = gradient.weight.packed + tile.column / 2 + packed_chunk() * kVectorBytes;
+    packed = gradient.packed + tile.column / 2 + packed_chunk() * kVectorBytes;
 #pragma unroll
     for (int i = 0; i < kDyCopies; i++)
       dy[i] = static_cast<const T*>(gradient.dy) + dy_chunk() * kPerVector<T> +
@@ -155,16 +166,13 @@ struct Feed {
   }
 
   // Rows and columns that W doesn't have get the constant 0.
-  __device__ __forceinline__ RawScale load_scale(std::int64_t k, const DeviceWeight4& w4) const {
-    const BlockScales& scales = w4.scales;
+  __device__ __forceinline__ RawScale load_scale(std::int64_t k, const Constants& constants) const {
     RawScale raw{kNoCode, 0.0f, 0.0f};
     const int own = row + scale_row;
-    const std::uint32_t units = own * static_cast<std::uint32_t>(k / kScaleColumns) + unit;
-    const std::uint32_t block = units >> (w4.log_block - kLogScaleColumns);
-    const bool inside = own < rows, nested = scales.scales != nullptr;
-    if (inside && nested) raw.code = static_cast<const std::uint8_t*>(scales.values)[block], raw.offset = *scales.offset;
-    const float* factors = nested ? scales.scales : static_cast<const float*>(scales.values);
-    if (inside) raw.factor = factors[nested ? block / kNestedBlock : block];
+    if (own >= rows) return raw;
+    const std::uint32_t block = (own * static_cast<std::uint32_t>(k / kScaleColumns) + unit) >> constants.log_block;
+    raw.factor = constants.factors[block >> constants.log_factor];
+    if (constants.codes) raw.code = constants.codes[block], raw.offset = *constants.offset;
     return raw;
   }
 
@@ -182,7 +190,7 @@ struct Feed {
         copy_dy<true>(stage);
       else
         copy_dy<false>(stage);
-      raw = load_scale(k, list.of[weight].weight);
+      raw = load_scale(k, list.of[weight].constants);
       row += kStep;
     }
     commit_copies();

@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kTokens>)
                               float* partial) {  // (runs, m, k), or nullptr where there is one run
   if constexpr (kHasSm80) {
     PEFTK_DYNAMIC_SHARED(Shared<kTokens>, shared);
+    static_assert(sizeof(Shared<kTokens>) <= 99 << 10, "what every GPU since sm_80 gives a block");
     PEFTK_SHARED(Tile, tile, );  // here, so that it takes no registers through the loop
     const unsigned run = blockIdx.y, runs = gridDim.y;
     const int begin = static_cast<int>(static_cast<std::int64_t>(list.steps) * run / runs);
@@ -162,6 +163,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kTokens>)
   }
 }
 
+Constants constants_of(const DeviceWeight4& weight) {
+  const auto& [values, scales, offset] = weight.scales;
+  const int log_block = weight.log_block - kLogScaleColumns;
+  if (!scales) return {nullptr, static_cast<const float*>(values), nullptr, log_block, 0};
+  return {static_cast<const std::uint8_t*>(values), scales, offset, log_block, __builtin_ctz(kNestedBlock)};
+}
+
 GradientList make_list(const std::vector<LinearGradient>& gradients) {
   check_count(gradients.size());
   GradientList list{};
@@ -170,9 +178,10 @@ GradientList make_list(const std::vector<LinearGradient>& gradients) {
     for (const auto& [weight, dy, dy_stride, t, a, r, drop_below, keep_scale, seed] : gradients) {
       const DeviceWeight4 own = device_weight(weight);
       if (own.quant_type != type) continue;
-      const int begin = list.steps;
-      list.steps += static_cast<int>((own.n + kStep - 1) / kStep);
-      list.of[list.count++] = {own, dy, dy_stride, t, a, r, {drop_below, keep_scale, seed}, begin, list.steps};
+      const int n = static_cast<int>(own.n), begin = list.steps;
+      list.steps += (n + kStep - 1) / kStep;
+      list.of[list.count++] = {own.packed, constants_of(own), n, dy, dy_stride, t, a, r, {drop_below, keep_scale, seed},
+                               begin,      list.steps};
     }
   }
   return list;
