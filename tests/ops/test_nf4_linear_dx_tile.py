@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partialmethod
 
 import pytest
 import torch
@@ -169,13 +168,11 @@ def test_what_is_not_finite_stays_in_its_columns(door):
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64, 128])
-def test_memory(tokens, monkeypatch):
+def test_memory(tokens):
     """Packed bytes are read once by a tile's tokens, dy once by its columns, nothing but dx is written; no bank conflicts."""
-    door = PtxDoor()
+    door = PtxDoor(traffic=True)
     if why := door.why_not():
         pytest.skip(why)
-    ptx = pytest.importorskip("emulation.ptx")
-    monkeypatch.setattr(ptx.Program, "run", partialmethod(ptx.Program.run, traffic=True))
     n, k, m = 3 * STEP, COLUMNS, tokens
     for double_quant in (True, False):
         gradient = Gradient(n, double_quant=double_quant)

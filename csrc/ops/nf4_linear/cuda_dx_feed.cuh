@@ -96,7 +96,7 @@ struct RawScale {
 };
 
 __device__ __forceinline__ float decoded(const RawScale& raw, const float* value8) {
-  return __fadd_rn(__fmul_rn(value8[raw.code], raw.factor), raw.offset);
+  return nested_scale(value8[raw.code], raw.factor, raw.offset);
 }
 
 // A thread's share of the copies of a step: a chunk of packed bytes, chunks of dy, and of half the threads a constant. Its rows

@@ -4,7 +4,7 @@
 // ldmatrix of packed bytes gives lane 4 g + t, out of rows n = 2t and n + 1, four neighbouring columns from 4 g on, so that
 // one register holds the four pairs (n, n+1) that the lane owes the MMAs, and its sums are four neighbours of a row of dx.
 // W is scaled in fp32 and rounded once, so products are those of a dense W. (Scaling pairs by a constant in two 16-bit parts
-// takes as many instructions and rounds twice more; scaling dy for each block of 64 columns takes one HMUL2 a pair of it.)
+// takes as many instructions and rounds twice more; scaling dy instead takes, with 128 tokens, two HMUL2 a weight.)
 #include "cuda/launch.h"
 #include "cuda/partial_sums.cuh"
 #include "ops/nf4_linear/cuda_dx_low_rank.cuh"
