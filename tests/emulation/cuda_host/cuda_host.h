@@ -54,6 +54,12 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) { return cuda_host:
 inline bool __any_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate) != 0; }
 inline bool __all_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate) == mask; }
 
+// Addresses in the launch's own shared memory, in 32 bits.
+inline std::size_t __cvta_generic_to_shared(const void* data) {
+  return static_cast<std::size_t>(static_cast<const char*>(data) - static_cast<const char*>(cuda_host::dynamic_shared()));
+}
+inline void* __cvta_shared_to_generic(std::size_t at) { return static_cast<char*>(cuda_host::dynamic_shared()) + at; }
+
 template <class T>
 T __ldcs(const T* data) {
   return cuda_host::aligned(data);
