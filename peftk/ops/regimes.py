@@ -28,7 +28,12 @@ from peftk.ops.gpu import GpuModel
 
 PATH = Path(__file__).with_name("regimes.csv")
 DECODING = ("few", "tile", "simple")
-TILE_ROWS = {"few": 32, "tile": 128, "simple": 64}  # of W (backward: columns) a thread block takes
+WIDE = {  # columns of the result that a thread block makes, as the kernels have it
+    ("cuda", "forward"): {"few": 32, "tile": 128, "simple": 64},
+    ("cuda", "backward"): {"tile": 256, "simple": 64},
+    ("triton", "forward"): {"few": 128, "tile": 128, "simple": 64},
+    ("triton", "backward"): {"tile": 128, "simple": 64},
+}
 LEAST_DEPTH = 512  # of the inner dimension that a block should have to itself: below that its start-up shows
 
 
@@ -51,7 +56,7 @@ class Row:
         """Runs of an inner dimension of ``depth`` for an (m, wide) result."""
         if self.regime not in DECODING:
             return 1
-        tiles = -(-wide // TILE_ROWS[self.regime]) * -(-m // self.tokens)
+        tiles = -(-wide // WIDE[self.backend, self.product][self.regime]) * -(-m // self.tokens)
         wanted = self.blocks * model.multiprocessors // max(tiles, 1)
         return max(1, min(wanted, depth // LEAST_DEPTH))
 
