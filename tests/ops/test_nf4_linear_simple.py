@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
 from emulation import doors
-from emulation.ptx import Program
+from emulation.cuda_host.door import PtxDoor
 from emulation.ptx.memory import AddressSpace
 from numerics import assert_no_worse_than_twice_plain, row_scaled
 
@@ -283,11 +282,12 @@ def test_a_list_is_no_longer_than_a_launch_takes(door):
 
 @pytest.mark.parametrize("k", [256, 77])
 @pytest.mark.parametrize("m", [8, 64])
-def test_bytes_and_banks(door, m, k, monkeypatch):
+def test_bytes_and_banks(m, k, monkeypatch):
     """A tile of rows reads packed bytes once (k = 77: a word that begins inside a byte shares it with the one before) and writes
     none; no access conflicts in shared memory."""
-    if not hasattr(door, "reports"):
-        pytest.skip("the host counts no bytes")
+    door = PtxDoor(traffic=True)
+    if reason := door.why_not():
+        pytest.skip(reason)
     n, read, load = 64, [], AddressSpace.load
     w4 = quantized(n, k, double_quant=False)
     before = w4.packed.clone()
@@ -298,7 +298,6 @@ def test_bytes_and_banks(door, m, k, monkeypatch):
         return load(self, lanes, address, size)
 
     monkeypatch.setattr(AddressSpace, "load", counting)
-    monkeypatch.setattr(Program, "run", partialmethod(Program.run, traffic=True))
     shared_bytes = 0 if k % 8 == 0 else sum((row * k + word) % 2 for row in range(n) for word in range(0, k, 8))
     for call in (
         lambda: forward(door, torch.randn(m, k).bfloat16(), [One(w4)]),
