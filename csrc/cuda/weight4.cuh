@@ -35,8 +35,7 @@ inline Tables make_tables() {
 }
 
 inline void check_count(std::size_t weights) {
-  if (weights < 1 || weights > kMostWeights)
-    refuse("a list of weights: expected 1 to 16", static_cast<std::int64_t>(weights));
+  if (weights < 1 || weights > kMostWeights) refuse("a list of weights: expected 1 to 16", static_cast<std::int64_t>(weights));
 }
 
 }  // namespace peftk::cuda

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
 from emulation import doors
-from emulation.ptx import Program
+from emulation.cuda_host.door import PtxDoor
 from emulation.ptx.memory import AddressSpace
 from numerics import assert_no_worse_than_twice_plain, row_scaled
 
@@ -179,6 +178,12 @@ def test_a_chunk_reads_each_byte_once(door):
 
 # ---- products ---------------------------------------------------------------------------------------------------------------
 
+
+def covering(cases: list[tuple]) -> list[tuple]:
+    """Each case in fp32 and in one of the 16-bit types, in turn."""
+    return [(case, dtype) for i, case in enumerate(cases) for dtype in (DTYPES[0], DTYPES[1 + i % 2])]
+
+
 # m, n, k, block, quant type, double quantised, r, split. Tiles are 8 rows (m ≤ 32) or 64 rows by 64 columns, steps 32 deep.
 FORWARD = [
     (1, 65, 200, 64, "nf4", True, 0, 1),
@@ -192,8 +197,7 @@ FORWARD = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FORWARD, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), covering(FORWARD), ids=str)
 def test_forward(door, case, dtype):
     m, n, k, block_size, quant_type, double_quant, r, split = case
     x = torch.randn(m, k + 3).to(dtype)[:, 1 : k + 1]
@@ -214,8 +218,7 @@ BACKWARD = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", BACKWARD, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), covering(BACKWARD), ids=str)
 def test_backward(door, case, dtype):
     m, k, block_size, quant_type, double_quant, weights, split = case
     ones = []
@@ -283,11 +286,12 @@ def test_a_list_is_no_longer_than_a_launch_takes(door):
 
 @pytest.mark.parametrize("k", [256, 77])
 @pytest.mark.parametrize("m", [8, 64])
-def test_bytes_and_banks(door, m, k, monkeypatch):
+def test_bytes_and_banks(m, k, monkeypatch):
     """A tile of rows reads packed bytes once (k = 77: a word that begins inside a byte shares it with the one before) and writes
     none; no access conflicts in shared memory."""
-    if not hasattr(door, "reports"):
-        pytest.skip("the host counts no bytes")
+    door = PtxDoor(traffic=True)
+    if reason := door.why_not():
+        pytest.skip(reason)
     n, read, load = 64, [], AddressSpace.load
     w4 = quantized(n, k, double_quant=False)
     before = w4.packed.clone()
@@ -298,7 +302,6 @@ def test_bytes_and_banks(door, m, k, monkeypatch):
         return load(self, lanes, address, size)
 
     monkeypatch.setattr(AddressSpace, "load", counting)
-    monkeypatch.setattr(Program, "run", partialmethod(Program.run, traffic=True))
     shared_bytes = 0 if k % 8 == 0 else sum((row * k + word) % 2 for row in range(n) for word in range(0, k, 8))
     for call in (
         lambda: forward(door, torch.randn(m, k).bfloat16(), [One(w4)]),

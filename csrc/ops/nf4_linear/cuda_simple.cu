@@ -138,7 +138,7 @@ __device__ __forceinline__ void finish(const Result& result, unsigned split, std
   static_cast<T*>(result.out)[at] = round_to<T>(sum);
 }
 
-// Slices are added in their order, in the room of step.w.
+// Slices are added in pairs, in the room of step.w.
 template <class T, int kRows>
 __device__ __forceinline__ void finish_tile(Step<kRows>& step, const Result& result, unsigned split, std::int64_t m,
                                             const Tile& tile, const Sums& sum) {
@@ -158,9 +158,14 @@ __device__ __forceinline__ void finish_tile(Step<kRows>& step, const Result& res
     for (int i = 0; i < kOwnRows; i++) store_four(&partial[tile.slice][tile.group + i * S::kRowGroups][column], sum[i]);
     __syncthreads();
     for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
-      float total = 0.0f;
-      for (int slice = 0; slice < S::kSlices; slice++) total = __fadd_rn(total, partial[slice][i / kColumns][i % kColumns]);
-      finish<T>(result, split, m, tile.row + i / kColumns, tile.column + i % kColumns, total);
+      float sums[S::kSlices];
+#pragma unroll
+      for (int slice = 0; slice < S::kSlices; slice++) sums[slice] = partial[slice][i / kColumns][i % kColumns];
+#pragma unroll
+      for (int half = S::kSlices / 2; half; half /= 2)
+#pragma unroll
+        for (int slice = 0; slice < half; slice++) sums[slice] = __fadd_rn(sums[slice], sums[slice + half]);
+      finish<T>(result, split, m, tile.row + i / kColumns, tile.column + i % kColumns, sums[0]);
     }
   }
 }

@@ -6,13 +6,13 @@
 namespace peftk::cuda::nf4_linear_simple_kernels {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 2;                      // that must fit a multiprocessor: for three, ptxas spills; left alone, too
-constexpr int kColumns = 64;                    // of a result tile
-constexpr int kOwnRows = 4, kOwnColumns = 4;    // of a thread: 8 128-bit reads of shared memory for 64 FMAs; 8 x 4 spills
-constexpr int kRunDepth = 256;                  // k = 4096: error 0.33e-6, a plain product 0.28e-6, one long sum 1.44e-6
-constexpr int kFew = 8, kMany = 64;             // rows of a result tile
-constexpr int kFewUpTo = 32;                    // rows of x: a weight takes 22 instructions for 8 of them, 92 for 64
-constexpr int kWord = 8;                        // neighbouring weights of a row of W that a thread decodes at once
+constexpr int kBlocks = 2;                    // that must fit a multiprocessor: for three, ptxas spills; left alone, too
+constexpr int kColumns = 64;                  // of a result tile
+constexpr int kOwnRows = 4, kOwnColumns = 4;  // of a thread: 8 128-bit reads of shared memory for 64 FMAs; 8 x 4 spills
+constexpr int kRunDepth = 64;                 // k = 4096: error 0.21e-6, of 256 0.29e-6, a plain product 0.28e-6, one sum 1.4e-6
+constexpr int kFew = 8, kMany = 64;           // rows of a result tile
+constexpr int kFewUpTo = 32;                  // rows of x: a weight takes 22 instructions for 8 of them, 92 for 64
+constexpr int kWord = 8;                      // neighbouring weights of a row of W that a thread decodes at once
 constexpr int kLanes = kColumns / kOwnColumns;  // threads side by side
 
 enum class Over { kColumns, kRows };  // of W: what the depth is
