@@ -14,7 +14,6 @@ import triton.language as tl
 
 from peftk.ops.nf4_linear.triton_weight import (
     PIECE,
-    locate,
     low_rank,
     offset_of,
     pick,
@@ -26,11 +25,16 @@ from peftk.ops.triton_words import keeps
 
 
 @triton.jit
+def unsealed(word):
+    """32 bits that triton_kernel.py sealed."""
+    return ((word >> 1) & 0xFFFFFFFF).to(tl.uint64)
+
+
+@triton.jit
 def _kept(token, first_column, k, drop_below, seed_low, seed_high, COLUMNS: tl.constexpr, IN_FOURS: tl.constexpr):
     """What dropout keeps of a tile, (TOKENS, COLUMNS). IN_FOURS: rows and the tile begin at multiples of 4 elements, so that a
     counter's four words are neighbours; a word by itself costs as much, and 64 of them a thread spill."""
-    drop_below = drop_below.to(tl.uint32, bitcast=True)
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    seed = (unsealed(seed_high) << 32) | unsealed(seed_low)
     if IN_FOURS:
         counter = (token[:, None] * k + first_column) // 4 + tl.arange(0, COLUMNS // 4)[None, :]
         zero = tl.zeros(counter.shape, tl.uint32)
@@ -41,7 +45,7 @@ def _kept(token, first_column, k, drop_below, seed_low, seed_high, COLUMNS: tl.c
         return keeps(token[:, None] * k + first_column + tl.arange(0, COLUMNS)[None, :], drop_below, seed)
 
 
-@triton.jit(do_not_specialize=["m", "block_bits", "drop_below", "seed_low", "seed_high", "firsts", "rounds", "split"])
+@triton.jit(do_not_specialize=["m", "rounds", "split"])
 def nf4_linear_backward(
     dy,  # of each weight: (m, n)
     dy_stride,  # elements from row to row
@@ -52,9 +56,9 @@ def nf4_linear_backward(
     t,  # (m, r) or None
     a,  # (r, k) or None
     r,  # 0 without a low-rank branch
-    drop_below,  # p * 2^32 of the dropout, the bits of a uint32 in an int32
+    drop_below,  # p * 2^32 of the dropout
     keep_scale,  # 1 / (1 - p)
-    seed_low,  # an int32, as seed_high
+    seed_low,  # 32 bits, as seed_high: see unsealed
     seed_high,
     n,  # rows of W
     block_bits,  # log2 of a block's elements
@@ -87,8 +91,8 @@ def nf4_linear_backward(
             width = tl.where(run == 0, r[i], 0)
             branch = low_rank(t[i], a[i], 1, k, safe_token, safe_column, width, TOKENS, COLUMNS, STEP)
             if DROPOUT:
-                word = drop_below[i], seed_low[i], seed_high[i]
-                kept = _kept(safe_token, first_column, k, word[0], word[1], word[2], COLUMNS, IN_WORDS)
+                below = tl.to_tensor(drop_below[i]).to(tl.uint32)
+                kept = _kept(safe_token, first_column, k, below, seed_low[i], seed_high[i], COLUMNS, IN_WORDS)
                 branch = tl.where(kept, branch * keep_scale[i], 0.0)
             total += branch
 

@@ -25,7 +25,7 @@ from peftk.ops.nf4_linear.triton_weight import (
 )
 
 
-@triton.jit(do_not_specialize=["m", "split", "firsts", "block_bits"])
+@triton.jit(do_not_specialize=["m"])
 def nf4_linear_forward(
     x,  # (m, k)
     x_stride,  # elements from row to row
@@ -79,9 +79,7 @@ def nf4_linear_forward(
         column = step * DEPTH + tl.arange(0, DEPTH)
         if IN_WORDS:
             x_tile = tl.load(x_row + column[None, :])
-            w = tile_in_words(
-                packed, table, absmax, absmax_scale, offset, table8, block_bits, w_row + step * DEPTH, k, DEPTH
-            )
+            w = tile_in_words(packed, table, absmax, absmax_scale, offset, table8, block_bits, w_row + step * DEPTH, k, DEPTH)
         else:
             x_tile = tl.load(x_row + column[None, :], mask=(column < k)[None, :], other=0.0)
             element = w_row[:, None] + tl.minimum(column, k - 1)[None, :]
