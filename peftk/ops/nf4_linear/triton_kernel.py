@@ -76,13 +76,13 @@ class Kernels:
 
     def forward(self, regime: str, tokens: int, x: torch.Tensor, outputs: list[Output]) -> None:
         tile = tile_for(self.model(x.device), regime, tokens)
-        for group in grouped(outputs, lambda o: (*kind_of(o.weight), o.bias is None, step_of(o.s), o.split > 1)):
+        for group in grouped(outputs, lambda o: (*kind_of(o.weight), o.bias is None, step_of(tile, o.s), o.split > 1)):
             _forward(tile, x, group)
 
     def backward(self, regime: str, tokens: int, split: int, gradients: list[Gradient], dx: torch.Tensor) -> None:
         """Launches that can't be one add up as further runs."""
         tile = tile_for(self.model(dx.device), regime, tokens)
-        groups = list(grouped(gradients, lambda g: (*kind_of(g.weight), step_of(g.t), g.dropout > 0)))
+        groups = list(grouped(gradients, lambda g: (*kind_of(g.weight), step_of(tile, g.t), g.dropout > 0)))
         if split * len(groups) == 1:
             _backward(tile, 1, groups[0], *dx.shape, dx)
             return
@@ -111,7 +111,7 @@ def _forward(tile: Tile, x: torch.Tensor, outputs: list[Output]) -> None:
         tuple(o.bias for o in outputs), tuple(sums), tuple(o.s for o in outputs), tuple(o.b for o in outputs),
         tuple(rank(o.s) for o in outputs), tuple(float(o.scale) for o in outputs), tuple(w.n for w in weights),
         block_bits(weights), tuple(o.split for o in outputs), tuple(firsts), *tables(weights[0]), m, k,
-        IN_WORDS=weights[0].suits_tensor_cores, TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth, STEP=step_of(outputs[0].s),
+        IN_WORDS=weights[0].suits_tensor_cores, TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth, STEP=step_of(tile, outputs[0].s),
         **tile.options,
     )  # fmt: skip
     for output, runs in zip(outputs, sums, strict=True):
@@ -130,7 +130,7 @@ def _backward(tile: Tile, split: int, gradients: list[Gradient], m: int, k: int,
         tuple(int(g.dropout * 2**32) for g in gradients), tuple(1 / (1 - g.dropout) for g in gradients),
         *zip(*seeds, strict=True), tuple(w.n for w in weights), block_bits(weights), tuple(firsts), *tables(weights[0]), out,
         rounds, split, m, k, IN_WORDS=weights[0].suits_tensor_cores, DROPOUT=gradients[0].dropout > 0, TOKENS=tile.tokens,
-        COLUMNS=tile.rows, DEPTH=tile.depth, STEP=step_of(gradients[0].t), **tile.options,
+        COLUMNS=tile.rows, DEPTH=tile.depth, STEP=step_of(tile, gradients[0].t), **tile.options,
     )  # fmt: skip
 
 
@@ -139,9 +139,9 @@ def kind_of(weight: Weight) -> tuple[bool, str, bool]:
     return weight.suits_tensor_cores, weight.quant_type, weight.absmax_scale is None
 
 
-def step_of(thin: torch.Tensor | None) -> int:
-    """Columns of s (m, r) or t a step; 0 without a low-rank branch."""
-    return 0 if thin is None else 16 if thin.shape[1] <= 16 else 64
+def step_of(tile: Tile, thin: torch.Tensor | None) -> int:
+    """Columns of s (m, r) or t a step: 16, or where r is more half a round's depth; 0 without a low-rank branch."""
+    return 0 if thin is None else 16 if thin.shape[1] <= 16 else max(tile.depth // 2, 16)
 
 
 def rank(thin: torch.Tensor | None) -> int:
