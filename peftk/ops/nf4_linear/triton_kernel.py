@@ -15,12 +15,8 @@ from peftk.format.code4 import values4
 from peftk.format.dynamic8 import values8
 from peftk.ops import gpu
 from peftk.ops.gpu_product import BLOCK, Gradient, Output, Weight
-from peftk.ops.nf4_linear import on_gpu
+from peftk.ops.nf4_linear import on_gpu, triton_decode
 from peftk.ops.nf4_linear.triton_backward import nf4_linear_backward
-from peftk.ops.nf4_linear.triton_decode import COLUMNS as DECODE_COLUMNS
-from peftk.ops.nf4_linear.triton_decode import ROWS as DECODE_ROWS
-from peftk.ops.nf4_linear.triton_decode import WARPS as DECODE_WARPS
-from peftk.ops.nf4_linear.triton_decode import nf4_linear_decode
 from peftk.ops.nf4_linear.triton_forward import nf4_linear_forward
 from peftk.ops.nf4_linear.triton_sums import add_runs
 from peftk.ops.triton_words import EXACT
@@ -92,12 +88,13 @@ class Kernels:
         add_runs(sums.view(-1, *dx.shape), dx)
 
     def decode(self, weight: Weight, rows: range, columns: range, out: torch.Tensor) -> None:
-        grid = triton.cdiv(len(rows), DECODE_ROWS), triton.cdiv(len(columns), DECODE_COLUMNS)
         in_words = weight.suits_tensor_cores and columns.start % BLOCK == 0 and len(columns) % BLOCK == 0
+        tile_rows = triton_decode.ROWS[in_words]
+        grid = triton.cdiv(len(rows), tile_rows), triton.cdiv(len(columns), triton_decode.COLUMNS)
         gpu.triton().launch(
-            nf4_linear_decode, grid, weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset, *tables(weight),
-            out, weight.block_size.bit_length() - 1, weight.k, rows.start, columns.start, len(rows), len(columns),
-            IN_WORDS=in_words, ROWS=DECODE_ROWS, COLUMNS=DECODE_COLUMNS, num_warps=DECODE_WARPS, **EXACT,
+            triton_decode.nf4_linear_decode, grid, weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset,
+            *tables(weight), out, weight.block_size.bit_length() - 1, weight.k, rows.start, columns.start, len(rows), len(columns),
+            IN_WORDS=in_words, ROWS=tile_rows, COLUMNS=triton_decode.COLUMNS, num_warps=triton_decode.WARPS, **EXACT,
         )  # fmt: skip
 
 
@@ -111,8 +108,8 @@ def _forward(tile: Tile, x: torch.Tensor, outputs: list[Output]) -> None:
         tuple(o.bias for o in outputs), tuple(sums), tuple(o.s for o in outputs), tuple(o.b for o in outputs),
         tuple(rank(o.s) for o in outputs), tuple(float(o.scale) for o in outputs), tuple(w.n for w in weights),
         block_bits(weights), tuple(o.split for o in outputs), tuple(firsts), *tables(weights[0]), m, k,
-        IN_WORDS=weights[0].suits_tensor_cores, TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth, STEP=step_of(tile, outputs[0].s),
-        **tile.options,
+        IN_WORDS=weights[0].suits_tensor_cores, TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth,
+        STEP=step_of(tile, outputs[0].s), **tile.options,
     )  # fmt: skip
     for output, runs in zip(outputs, sums, strict=True):
         if output.split > 1:
@@ -140,7 +137,7 @@ def kind_of(weight: Weight) -> tuple[bool, str, bool]:
 
 
 def step_of(tile: Tile, thin: torch.Tensor | None) -> int:
-    """Columns of s (m, r) or t a step: 16, or where r is more half a round's depth; 0 without a low-rank branch."""
+    """Columns of s (m, r) or t a step: 16, or half a round's depth where r is more; 0 without a low-rank branch."""
     return 0 if thin is None else 16 if thin.shape[1] <= 16 else max(tile.depth // 2, 16)
 
 
