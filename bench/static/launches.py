@@ -3,6 +3,7 @@ recording door stands before Triton, so there is no list of kernels to keep."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,12 +15,34 @@ import torch
 import peftk
 from bench.static import triton_aot
 from peftk.format.dynamic8 import NESTED_BLOCK
-from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_dequantize, nf4_quantize
+from peftk.ops import (
+    blockwise8_dequantize,
+    blockwise8_quantize,
+    gpu,
+    gpu_product,
+    nf4_dequantize,
+    nf4_quantize,
+    regimes,
+)
+from peftk.ops.gpu_product import Gradient, Output, Weight
 
 OPS = Path(peftk.__file__).parent / "ops"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_BLOCKS = (32, 512, 4096)  # the extremes, and the one that takes the most registers to quantise
+LINEAR = 1024  # n and k of products with a 4-bit weight: enough for a split; LINEAR - 6 only the way by elements takes
 COUNTS = (4096, 1001)  # elements: whole tiles of 16-byte accesses; ragged, which Triton compiles another time
+
+
+# What an op chooses its kernels by, on the GPU that a target is compiled for.
+MODELS = {
+    "sm_75": gpu.GpuModel("NVIDIA T4 (recorded)", (7, 5), 40),
+    "sm_80": gpu.GpuModel("NVIDIA A100 (recorded)", (8, 0), 108),
+    "sm_90": gpu.GpuModel("NVIDIA H100 (recorded)", (9, 0), 132),
+    "sm_100": gpu.GpuModel("NVIDIA B200 (recorded)", (10, 0), 148),
+    "sm_120": gpu.GpuModel("NVIDIA GeForce RTX 5090 (recorded)", (12, 0), 170),
+    "gfx942": gpu.GpuModel("AMD Instinct MI300X (recorded)", (9, 4), 304),
+    "gfx1100": gpu.GpuModel("AMD Radeon RX 7900 XTX (recorded)", (11, 0), 48),
+}
 
 
 @dataclass(frozen=True)
@@ -36,11 +59,15 @@ class Launch:
         """The kernel as Triton specialises it, by parameter: ``dequantize<u8, fp32, i32/16, 1024>``. Constants by value; /16 is
         an integer known to be divisible, /1 a pointer that isn't on 16 bytes."""
         signature, constants, attributes, _ = triton_aot.specialisation(self.kernel, 80, self.arguments, self.options)
-        parts = []
-        for position, kind in enumerate(signature.values()):
-            aligned, pointer = (position,) in attributes, kind.startswith("*")
+
+        def part(kind: Any, place: tuple[int, ...]) -> str:
+            if isinstance(kind, tuple):
+                return f"({', '.join(part(one, (*place, number)) for number, one in enumerate(kind))})"
+            aligned, pointer = bool(attributes.get(place)), kind.startswith("*")
             suffix = "" if aligned == pointer else "/1" if pointer else "/16"
-            parts.append(str(constants[(position,)]) if kind == "constexpr" else kind.removeprefix("*") + suffix)
+            return str(constants[place]) if kind == "constexpr" else kind.removeprefix("*") + suffix
+
+        parts = [part(kind, (position,)) for position, kind in enumerate(signature.values())]
         return f"{self.kernel.__name__}<{', '.join(parts)}>"
 
     def compiled(self, target: int | str) -> Any:
@@ -51,7 +78,8 @@ class Launch:
 class Recorder(gpu.TritonDoor):
     """A door that writes down what would have been launched; results stay as they were allocated."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = "sm_80") -> None:
+        self.target = target
         self.launches: list[Launch] = []
 
     def why_not(self) -> str:
@@ -62,28 +90,28 @@ class Recorder(gpu.TritonDoor):
 
     def model(self, device: torch.device) -> gpu.GpuModel:
         """Which regime an op takes, as on that GPU."""
-        return gpu.GpuModel("NVIDIA A100 (recorded)", (8, 0), 108)
+        return MODELS[self.target]
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.launches.append(Launch(kernel, grid, arguments, options))
 
 
-def launched(call: Callable[[], Any]) -> list[Launch]:
+def launched(call: Callable[[], Any], target: str = "sm_80") -> list[Launch]:
     """What ``call`` launches with Triton."""
-    recorder = Recorder()
+    recorder = Recorder(target)
     with gpu.through("triton", recorder), peftk.use("triton"):
         call()
     return recorder.launches
 
 
 @cache
-def recorded(op: str) -> tuple[Launch, ...]:
-    """What the calls of an op launch, each specialisation once. RuntimeError where a call launches nothing."""
+def recorded(op: str, target: str = "sm_80") -> tuple[Launch, ...]:
+    """What the calls of an op launch on a target's GPU, each specialisation once. RuntimeError where a call launches nothing."""
     if op not in CALLS:
         raise RuntimeError(f"bench/static/launches.py: no calls of {op}, which has Triton kernels")
     by_name: dict[str, Launch] = {}
     for call in CALLS[op]():
-        launches = launched(call)
+        launches = launched(call, target)
         if not launches:
             raise RuntimeError(f"{op}: a call launched no Triton kernel through the door")
         for launch in launches:
@@ -147,9 +175,49 @@ def _dequantize8_with(count: int, block_size: int, dtype: torch.dtype) -> Call:
     return partial(blockwise8_dequantize, codes, absmax, block_size, dtype)
 
 
+def _linear4() -> Iterator[Call]:
+    """By m: few rows, every tile, chunks; a list, a split, a low-rank branch; then what takes no tensor cores."""
+    for m in (8, 32, 64, 128, 2000):
+        yield from _products(m)
+    yield from _products(128, count=3)
+    yield from _products(16, blocks=1 << 20)
+    yield from _products(32, r=16, dropout=0.1)
+    yield from _products(128, r=64, dropout=0.1)
+    yield from _products(128, dtype=torch.float16, nested=False)
+    for dtype, k in ((torch.float32, LINEAR), (torch.bfloat16, LINEAR - 6)):
+        for m in (8, 64, 300):
+            yield from _products(m, k, dtype)
+    yield from _products(64, LINEAR - 6, torch.float32, r=16, dropout=0.1)
+
+
+def _products(
+    m: int, k: int = LINEAR, dtype: torch.dtype = torch.bfloat16, count: int = 1, r: int = 0, dropout: float = 0.0,
+    blocks: int = 0, nested: bool = True,
+) -> Iterator[Call]:  # fmt: skip
+    """Forward and backward of ``count`` weights (LINEAR, k), as nf4_linear and nf4_lora_linear launch them."""
+    blocks_of_w = -(-LINEAR * k // 64)
+    constants = (torch.zeros(blocks_of_w), None, None)
+    if nested:
+        constants = (torch.zeros(blocks_of_w, dtype=torch.uint8), torch.zeros(-(-blocks_of_w // NESTED_BLOCK)), torch.zeros(()))
+    zeros = partial(torch.zeros, dtype=dtype)
+    weight = Weight(torch.zeros(-(-LINEAR * k // 2), dtype=torch.uint8), *constants, LINEAR, k, 64, "nf4")
+    s, b, a = (zeros(m, r), zeros(LINEAR, r), zeros(r, k)) if r else (None, None, None)
+    outputs = [Output(weight, zeros(LINEAR), zeros(m, LINEAR), s, b, 0.5)] * count
+    gradients = [Gradient(weight, zeros(m, LINEAR), s, a, dropout, 1)] * count
+    kernels = importlib.import_module("peftk.ops.nf4_linear.triton_kernel").KERNELS
+
+    def forced(product: Callable[..., None], *arguments: Any) -> None:
+        with regimes.forced(blocks=blocks):
+            product(kernels, *arguments)
+
+    yield partial(forced, gpu_product.forward, zeros(m, k), outputs)
+    yield partial(forced, gpu_product.backward, gradients, zeros(m, k))
+
+
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     "nf4_quantize": _quantize4,
     "nf4_dequantize": _dequantize4,
+    "nf4_linear": _linear4,
     "blockwise8_quantize": _quantize8,
     "blockwise8_dequantize": _dequantize8,
 }

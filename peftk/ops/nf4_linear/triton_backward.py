@@ -14,7 +14,6 @@ import triton.language as tl
 
 from peftk.ops.nf4_linear.triton_weight import (
     PIECE,
-    locate,
     low_rank,
     offset_of,
     pick,
@@ -26,12 +25,27 @@ from peftk.ops.triton_words import keeps
 
 
 @triton.jit
-def _seed(low, high):
-    """Two int32 as uint64."""
-    return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+def unsealed(word):
+    """32 bits that triton_kernel.py sealed."""
+    return ((word >> 1) & 0xFFFFFFFF).to(tl.uint64)
 
 
-@triton.jit(do_not_specialize=["m", "block_bits", "drop_below", "seed_low", "seed_high", "firsts", "rounds", "split"])
+@triton.jit
+def _kept(token, first_column, k, drop_below, seed_low, seed_high, COLUMNS: tl.constexpr, IN_FOURS: tl.constexpr):
+    """What dropout keeps of a tile, (TOKENS, COLUMNS). IN_FOURS: rows and the tile begin at multiples of 4 elements, so that a
+    counter's four words are neighbours; a word by itself costs as much, and 64 of them a thread spill."""
+    seed = (unsealed(seed_high) << 32) | unsealed(seed_low)
+    if IN_FOURS:
+        counter = (token[:, None] * k + first_column) // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+        zero = tl.zeros(counter.shape, tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, 10)
+        even, odd = tl.join(w0 >= drop_below, w2 >= drop_below), tl.join(w1 >= drop_below, w3 >= drop_below)
+        return tl.reshape(tl.join(even, odd), (token.shape[0], COLUMNS))
+    else:
+        return keeps(token[:, None] * k + first_column + tl.arange(0, COLUMNS)[None, :], drop_below, seed)
+
+
+@triton.jit(do_not_specialize=["m", "rounds", "split"])
 def nf4_linear_backward(
     dy,  # of each weight: (m, n)
     dy_stride,  # elements from row to row
@@ -42,9 +56,9 @@ def nf4_linear_backward(
     t,  # (m, r) or None
     a,  # (r, k) or None
     r,  # 0 without a low-rank branch
-    drop_below,  # p * 2^32 of the dropout, the bits of a uint32 in an int32
+    drop_below,  # p * 2^32 of the dropout
     keep_scale,  # 1 / (1 - p)
-    seed_low,  # an int32, as seed_high
+    seed_low,  # 32 bits, as seed_high: see unsealed
     seed_high,
     n,  # rows of W
     block_bits,  # log2 of a block's elements
@@ -77,28 +91,30 @@ def nf4_linear_backward(
             width = tl.where(run == 0, r[i], 0)
             branch = low_rank(t[i], a[i], 1, k, safe_token, safe_column, width, TOKENS, COLUMNS, STEP)
             if DROPOUT:
-                element = safe_token[:, None] * k + column[None, :]
-                kept = keeps(element, drop_below[i].to(tl.uint32, bitcast=True), _seed(seed_low[i], seed_high[i]))
+                below = tl.to_tensor(drop_below[i]).to(tl.uint32)
+                kept = _kept(safe_token, first_column, k, below, seed_low[i], seed_high[i], COLUMNS, IN_WORDS)
                 branch = tl.where(kept, branch * keep_scale[i], 0.0)
             total += branch
 
     each = tl.cdiv(rounds, split)
-    for step in range(run * each, tl.minimum(run * each + each, rounds)):
-        which, place = locate(step, firsts)
-        rows_of_w = pick(n, which)
-        row = place * DEPTH + tl.arange(0, DEPTH)
-        dy_rows = pick(dy, which) + (safe_token * pick(dy_stride, which))[:, None]
-        dy_tile = tl.load(dy_rows + row[None, :], mask=(row < rows_of_w)[None, :], other=0.0)
-        codes, scales, bits = pick(packed, which), pick(absmax, which), pick(block_bits, which)
+    begin, end = run * each, tl.minimum(run * each + each, rounds)
+    for which in range(len(n)):
+        first, rows_of_w, bits = pick(firsts, which), pick(n, which), pick(block_bits, which)
+        codes, scales = pick(packed, which), pick(absmax, which)
         nested, offset = pick(absmax_scale, which), offset_of(pick(absmax_offset, which))
-        w_row = tl.minimum(row, rows_of_w - 1).to(tl.int64) * k
-        if IN_WORDS:
-            left = k - first_column
-            w = tile_in_words(codes, table, scales, nested, offset, table8, bits, w_row + first_column, left, COLUMNS)
-        else:
-            element = w_row[:, None] + safe_column[None, :]
-            w = tile_by_elements(codes, table, scales, nested, offset, table8, bits, element)
-        total = tl.dot(dy_tile, w.to(dy_tile.dtype), total, input_precision="ieee")
+        dy_row = pick(dy, which) + (safe_token * pick(dy_stride, which))[:, None]
+        last = first + tl.cdiv(rows_of_w, DEPTH)
+        for step in range(tl.maximum(begin, first) - first, tl.minimum(end, last) - first):
+            row = step * DEPTH + tl.arange(0, DEPTH)
+            dy_tile = tl.load(dy_row + row[None, :], mask=(row < rows_of_w)[None, :], other=0.0)
+            w_row = tl.minimum(row, rows_of_w - 1).to(tl.int64) * k
+            if IN_WORDS:
+                left = k - first_column
+                w = tile_in_words(codes, table, scales, nested, offset, table8, bits, w_row + first_column, left, COLUMNS)
+            else:
+                element = w_row[:, None] + safe_column[None, :]
+                w = tile_by_elements(codes, table, scales, nested, offset, table8, bits, element)
+            total = tl.dot(dy_tile, w.to(dy_tile.dtype), total, input_precision="ieee")
 
     at = out + (run.to(tl.int64) * m + token[:, None].to(tl.int64)) * k + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(token < m)[:, None] & (column < k)[None, :])

@@ -25,7 +25,7 @@ from peftk.ops.nf4_linear.triton_weight import (
 )
 
 
-@triton.jit(do_not_specialize=["m", "split", "firsts", "block_bits"])
+@triton.jit(do_not_specialize=["m"])
 def nf4_linear_forward(
     x,  # (m, k)
     x_stride,  # elements from row to row

@@ -15,12 +15,8 @@ from peftk.format.code4 import values4
 from peftk.format.dynamic8 import values8
 from peftk.ops import gpu
 from peftk.ops.gpu_product import BLOCK, Gradient, Output, Weight
-from peftk.ops.nf4_linear import on_gpu
+from peftk.ops.nf4_linear import on_gpu, triton_decode
 from peftk.ops.nf4_linear.triton_backward import nf4_linear_backward
-from peftk.ops.nf4_linear.triton_decode import COLUMNS as DECODE_COLUMNS
-from peftk.ops.nf4_linear.triton_decode import ROWS as DECODE_ROWS
-from peftk.ops.nf4_linear.triton_decode import WARPS as DECODE_WARPS
-from peftk.ops.nf4_linear.triton_decode import nf4_linear_decode
 from peftk.ops.nf4_linear.triton_forward import nf4_linear_forward
 from peftk.ops.nf4_linear.triton_sums import add_runs
 from peftk.ops.triton_words import EXACT
@@ -44,26 +40,23 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages, **EXACT}
 
 
-FORWARD_TILES = {
+# By tokens, for both products.
+TILES = {
     16: Tile(16, 128, 64, 4, 4),
     32: Tile(32, 128, 64, 4, 4),
     64: Tile(64, 128, 64, 8, 3),
     128: Tile(128, 128, 64, 8, 3),
 }
-BACKWARD_TILES = {
-    16: Tile(16, 128, 64, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 128, 64, 8, 3),
-    128: Tile(128, 128, 64, 8, 3),
-}
-# Products without tensor cores (fp32, Turing), odd shapes.
+# What is above spills there: scalar registers with 4 wavefronts (gfx942), vector ones with a depth of 64 (gfx1100).
+AMD_TILES = {**{tokens: Tile(tokens, 128, 64, 8, 3) for tokens in (16, 32, 64)}, 128: Tile(128, 128, 32, 8, 3)}
+# Products without tensor cores (fp32, Turing) hold both operands of a round in registers; odd shapes.
 SIMPLE_TILES = {16: Tile(16, 64, 16, 4, 2), 64: Tile(64, 64, 16, 8, 2)}
 
 
-def tile_for(tiles: dict[int, Tile], regime: str, tokens: int) -> Tile:
+def tile_for(model: gpu.GpuModel, regime: str, tokens: int) -> Tile:
     if regime == "simple":
         return SIMPLE_TILES[16 if tokens <= 16 else 64]
-    return tiles[max(tokens, 16)]
+    return (AMD_TILES if model.name.startswith("AMD") else TILES)[max(tokens, 16)]
 
 
 class Kernels:
@@ -78,14 +71,14 @@ class Kernels:
         return model.capability >= MMA_SINCE
 
     def forward(self, regime: str, tokens: int, x: torch.Tensor, outputs: list[Output]) -> None:
-        tile = tile_for(FORWARD_TILES, regime, tokens)
-        for group in grouped(outputs, lambda o: (*kind_of(o.weight), o.bias is None, step_of(o.s), o.split > 1)):
+        tile = tile_for(self.model(x.device), regime, tokens)
+        for group in grouped(outputs, lambda o: (*kind_of(o.weight), o.bias is None, step_of(tile, o.s), o.split > 1)):
             _forward(tile, x, group)
 
     def backward(self, regime: str, tokens: int, split: int, gradients: list[Gradient], dx: torch.Tensor) -> None:
         """Launches that can't be one add up as further runs."""
-        tile = tile_for(BACKWARD_TILES, regime, tokens)
-        groups = list(grouped(gradients, lambda g: (*kind_of(g.weight), step_of(g.t), g.dropout > 0)))
+        tile = tile_for(self.model(dx.device), regime, tokens)
+        groups = list(grouped(gradients, lambda g: (*kind_of(g.weight), step_of(tile, g.t), g.dropout > 0)))
         if split * len(groups) == 1:
             _backward(tile, 1, groups[0], *dx.shape, dx)
             return
@@ -95,12 +88,13 @@ class Kernels:
         add_runs(sums.view(-1, *dx.shape), dx)
 
     def decode(self, weight: Weight, rows: range, columns: range, out: torch.Tensor) -> None:
-        grid = triton.cdiv(len(rows), DECODE_ROWS), triton.cdiv(len(columns), DECODE_COLUMNS)
         in_words = weight.suits_tensor_cores and columns.start % BLOCK == 0 and len(columns) % BLOCK == 0
+        tile_rows = triton_decode.ROWS[in_words]
+        grid = triton.cdiv(len(rows), tile_rows), triton.cdiv(len(columns), triton_decode.COLUMNS)
         gpu.triton().launch(
-            nf4_linear_decode, grid, weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset, *tables(weight), out,
-            weight.block_size.bit_length() - 1, weight.k, rows.start, columns.start, len(rows), len(columns), IN_WORDS=in_words,
-            ROWS=DECODE_ROWS, COLUMNS=DECODE_COLUMNS, num_warps=DECODE_WARPS, **EXACT,
+            triton_decode.nf4_linear_decode, grid, weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset,
+            *tables(weight), out, weight.block_size.bit_length() - 1, weight.k, rows.start, columns.start, len(rows), len(columns),
+            IN_WORDS=in_words, ROWS=tile_rows, COLUMNS=triton_decode.COLUMNS, num_warps=triton_decode.WARPS, **EXACT,
         )  # fmt: skip
 
 
@@ -114,8 +108,8 @@ def _forward(tile: Tile, x: torch.Tensor, outputs: list[Output]) -> None:
         tuple(o.bias for o in outputs), tuple(sums), tuple(o.s for o in outputs), tuple(o.b for o in outputs),
         tuple(rank(o.s) for o in outputs), tuple(float(o.scale) for o in outputs), tuple(w.n for w in weights),
         block_bits(weights), tuple(o.split for o in outputs), tuple(firsts), *tables(weights[0]), m, k,
-        IN_WORDS=weights[0].suits_tensor_cores, TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth, STEP=step_of(outputs[0].s),
-        **tile.options,
+        IN_WORDS=weights[0].suits_tensor_cores, TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth,
+        STEP=step_of(tile, outputs[0].s), **tile.options,
     )  # fmt: skip
     for output, runs in zip(outputs, sums, strict=True):
         if output.split > 1:
@@ -125,15 +119,15 @@ def _forward(tile: Tile, x: torch.Tensor, outputs: list[Output]) -> None:
 def _backward(tile: Tile, split: int, gradients: list[Gradient], m: int, k: int, out: torch.Tensor) -> None:
     weights = [g.weight for g in gradients]
     *firsts, rounds = accumulate((triton.cdiv(w.n, tile.depth) for w in weights), initial=0)
-    seeds = [(as_int32(g.seed), as_int32(g.seed >> 32)) for g in gradients]
+    seeds = [(sealed(g.seed & 0xFFFFFFFF), sealed(g.seed >> 32)) for g in gradients]
     gpu.triton().launch(
         nf4_linear_backward, (triton.cdiv(m, tile.tokens), triton.cdiv(k, tile.rows) * split), tuple(g.dy for g in gradients),
         tuple(g.dy.stride(0) for g in gradients), *constants(weights), tuple(g.t for g in gradients),
         tuple(g.a for g in gradients), tuple(rank(g.t) for g in gradients),
-        tuple(as_int32(int(g.dropout * 2**32)) for g in gradients), tuple(1 / (1 - g.dropout) for g in gradients),
+        tuple(int(g.dropout * 2**32) for g in gradients), tuple(1 / (1 - g.dropout) for g in gradients),
         *zip(*seeds, strict=True), tuple(w.n for w in weights), block_bits(weights), tuple(firsts), *tables(weights[0]), out,
         rounds, split, m, k, IN_WORDS=weights[0].suits_tensor_cores, DROPOUT=gradients[0].dropout > 0, TOKENS=tile.tokens,
-        COLUMNS=tile.rows, DEPTH=tile.depth, STEP=step_of(gradients[0].t), **tile.options,
+        COLUMNS=tile.rows, DEPTH=tile.depth, STEP=step_of(tile, gradients[0].t), **tile.options,
     )  # fmt: skip
 
 
@@ -142,9 +136,9 @@ def kind_of(weight: Weight) -> tuple[bool, str, bool]:
     return weight.suits_tensor_cores, weight.quant_type, weight.absmax_scale is None
 
 
-def step_of(thin: torch.Tensor | None) -> int:
-    """Columns of s (m, r) or t a step; 0 without a low-rank branch."""
-    return 0 if thin is None else 16 if thin.shape[1] <= 16 else 64
+def step_of(tile: Tile, thin: torch.Tensor | None) -> int:
+    """Columns of s (m, r) or t a step: 16, or half a round's depth where r is more; 0 without a low-rank branch."""
+    return 0 if thin is None else 16 if thin.shape[1] <= 16 else max(tile.depth // 2, 16)
 
 
 def rank(thin: torch.Tensor | None) -> int:
@@ -155,9 +149,9 @@ def block_bits(weights: list[Weight]) -> tuple[int, ...]:
     return tuple(weight.block_size.bit_length() - 1 for weight in weights)
 
 
-def as_int32(value: int) -> int:
-    """The lowest 32 bits, so that Triton sees one type whatever the number."""
-    return (value + 2**31) % 2**32 - 2**31
+def sealed(word: int) -> int:
+    """32 bits as a number that is always an int64, odd and not 1: what Triton compiles doesn't depend on a seed."""
+    return (1 << 34) + 2 * word + 1
 
 
 def constants(weights: list[Weight]) -> Iterator[tuple]:

@@ -80,7 +80,7 @@ def tile_in_words(packed, table, absmax, absmax_scale, offset, table8, block_bit
         word, block = tl.load(words), first >> block_bits
         scale = scale_of(absmax, absmax_scale, offset, table8, block)[:, None]
     else:
-        word = tl.load(words, mask=8 * number < width)
+        word = tl.load(words, mask=number < width // 8)
         column = PIECE * tl.arange(0, COLUMNS // PIECE)[None, :]
         block = (first[:, None] + column) >> block_bits
         scale = scale_of(absmax, absmax_scale, offset, table8, block, column < width)[:, :, None]

@@ -200,8 +200,8 @@ class Decoder:
         if isinstance(operand, Special):
             return self.special(operand.name, kind)
         if isinstance(operand, Symbol) and operand.name in self.code.entry.parameters:
-            offset = self.code.entry.parameters[operand.name][0]
-            return lambda s, lanes: np.uint64(s.launch.parameters.ctypes.data + offset)
+            offset, dtype = self.code.entry.parameters[operand.name][0], dtype_of(kind)
+            return lambda s, lanes: np.uint64(s.launch.parameters.ctypes.data + offset).astype(dtype)
         if isinstance(operand, Symbol):
             return constant(dtype_of(kind).type(self.symbol(operand.name)))
         if isinstance(operand, Vector):

@@ -56,7 +56,8 @@ def load(d: Decoder) -> Step:
     fetch = constant_parameter(d, dtype, count) if space == "param" else None
     if fetch is None:
         d.moves("global" if space in ("const", "param") else space, loads=size)
-        fetch = reader(d, space, d.address(1, space), size)
+        address = d.address(1, space)
+        fetch = reader(d, space, in_parameters(address) if space == "param" else address, size)
     if count == 1:
         (put,) = puts
         return lambda s, lanes: put(s, lanes, fetch(s, lanes).view(dtype))
@@ -83,6 +84,16 @@ def constant_parameter(d: Decoder, dtype: np.dtype, count: int) -> Get | None:
     if count == 1:
         return lambda s, lanes: s.launch.parameters[first:last].view(dtype)[0]
     return lambda s, lanes: s.launch.parameters[first:last]
+
+
+def in_parameters(address: Get) -> Get:
+    """An address in the .param space, where 32 bits are enough, as one of the machine's."""
+
+    def get(s: State, lanes: Lanes) -> Values:
+        base = np.uint64(s.launch.parameters.ctypes.data)
+        return base + ((address(s, lanes) - base) & np.uint64(0xFFFFFFFF))
+
+    return get
 
 
 @instruction("st")
