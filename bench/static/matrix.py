@@ -24,7 +24,7 @@ class Job:
     op: str
     backend: str
     target: str
-    number: int = 0  # of launches.recorded(op), or of cuda_sources(op)
+    number: int = 0  # of launches.recorded(op, target), or of cuda_sources(op)
 
     def __str__(self) -> str:
         what = f"launch {self.number}" if self.backend == "triton" else cuda_sources(self.op)[self.number].name
@@ -64,8 +64,8 @@ def jobs(chosen: Sequence[str] | None = None) -> list[Job]:
         Job(op, "triton", target, launch)
         for op in ops("triton")
         if chosen is None or op in chosen
-        for launch in range(len(launches.recorded(op)))
         for target in triton_targets()
+        for launch in range(len(launches.recorded(op, target)))
     ]
     return cuda + triton
 
@@ -97,7 +97,7 @@ def run(job: Job, table: Sequence[Gate]) -> list[Row]:
     if job.backend == "cuda":
         return judged(nvcc.compiled(cuda_sources(job.op)[job.number], job.target), job.op, "cuda", job.target, table)
     os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON_STORE))
-    launch = launches.recorded(job.op)[job.number]
+    launch = launches.recorded(job.op, job.target)[job.number]
     target = int(job.target.removeprefix("sm_")) if job.target.startswith("sm_") else job.target
     compiled = launch.compiled(target)
     if isinstance(target, str):

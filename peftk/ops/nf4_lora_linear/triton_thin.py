@@ -32,7 +32,7 @@ def _dropped(wide, row, first, c, drop_below, seed, DROPOUT: tl.constexpr, COLUM
     return wide
 
 
-@triton.jit(do_not_specialize=["wide_stride", "factor_stride", "m", "c", "r", "run"])
+@triton.jit(do_not_specialize=["wide_stride", "factor_stride", "m", "c", "r", "run", "scale", "drop_below", "seed"])
 def shrink_kernel(
     wide,  # (m, c)
     factor,  # (c, r), neighbours along r where BY_RANK, else along c
@@ -80,20 +80,16 @@ def shrink_kernel(
     tl.store(target, (sums * scale).to(out.dtype.element_ty), mask=(row < m)[:, None] & (rank < r)[None, :])
 
 
-@triton.jit(do_not_specialize=["out_run", "wide_stride", "m", "c", "r", "run"])
+@triton.jit(do_not_specialize=["wide_stride", "m", "c", "r", "run", "drop_below", "seed"])
 def outer_kernel(
     thin,  # (m, r)
     wide,  # (m, c)
-    out,  # (r, c), or fp32 sums of runs (runs, r, c)
-    out_run: tl.int64,  # elements from run to run
-    out_row,
-    out_column,
+    out,  # (runs, r, c) fp32, without scale: what direct stores of all strides and dtypes save isn't worth their kernels
     wide_stride: tl.int64,  # UNITs from row to row
     m: tl.int64,
     c: tl.int64,  # in UNITs
     r: tl.int64,  # in RANK_UNITs
     run: tl.int64,  # rows of a program, in ROWS
-    scale: tl.float32,
     drop_below: tl.uint32,  # p * 2^32
     seed: tl.int64,
     DROPOUT: tl.constexpr,
@@ -121,8 +117,8 @@ def outer_kernel(
         sums = tl.dot(tl.trans(t), x, sums, input_precision="ieee")
         thin_tile += ROWS * r
         wide_tile += ROWS * wide_stride
-    target = out + tl.program_id(1) * out_run + rank[:, None] * out_row + column[None, :] * out_column
-    tl.store(target, (sums * scale).to(out.dtype.element_ty), mask=(rank < r)[:, None] & (column < c)[None, :])
+    target = out + (tl.program_id(1) * r + rank)[:, None] * c + column[None, :]
+    tl.store(target, sums, mask=(rank < r)[:, None] & (column < c)[None, :])
 
 
 @triton.jit(do_not_specialize=["columns", "runs"])
@@ -196,7 +192,7 @@ def _shrink(p: Shrink) -> None:
         drop_below, p.seed, DROPOUT=p.dropout > 0, BY_RANK=by_rank, UNIT=unit, RANK_UNIT=rank_unit, **tile.options,
     )  # fmt: skip
     if runs > 1:
-        _add_runs(out.view(runs, 1, m * r), p.out.view(1, m * r), scale)
+        _add_runs(out, p.out, (1, m * r), (0, 1), scale)
 
 
 def _outer(p: Outer) -> None:
@@ -206,21 +202,19 @@ def _outer(p: Outer) -> None:
     column_tiles, rank_tiles = triton.cdiv(c, tile.columns), triton.cdiv(r, tile.ranks)
     run, runs = runs_of(triton.cdiv(m, tile.rows), column_tiles * rank_tiles, p.wide.device)
     scale, drop_below = facts_of(p)
-    out = p.out[None] if runs == 1 else torch.empty(runs, r, c, dtype=torch.float32, device=p.out.device)
+    sums = torch.empty(runs, r, c, dtype=torch.float32, device=p.out.device)
     gpu.triton().launch(
-        outer_kernel, (column_tiles, runs, rank_tiles), p.thin, p.wide, out, *out.stride(), wide_stride // unit, m, c // unit,
-        r // rank_unit, run, scale if runs == 1 else 1.0, drop_below, p.seed, DROPOUT=p.dropout > 0, UNIT=unit,
-        RANK_UNIT=rank_unit, **tile.options,
+        outer_kernel, (column_tiles, runs, rank_tiles), p.thin, p.wide, sums, wide_stride // unit, m, c // unit, r // rank_unit,
+        run, drop_below, p.seed, DROPOUT=p.dropout > 0, UNIT=unit, RANK_UNIT=rank_unit, **tile.options,
     )  # fmt: skip
-    if runs > 1:
-        _add_runs(out, p.out, scale)
+    _add_runs(sums, p.out, (r, c), p.out.stride(), scale)
 
 
-def _add_runs(partial: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    """partial (runs, rows, columns) -> out (rows, columns)."""
-    rows, columns = out.shape
+def _add_runs(partial: torch.Tensor, out: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int], scale: float) -> None:
+    """partial (runs, *shape) -> out (shape) with these strides."""
+    rows, columns = shape
     gpu.triton().launch(
-        add_runs_kernel, (triton.cdiv(columns, SUMS), rows), partial, out, *out.stride(), columns, partial.shape[0], scale,
+        add_runs_kernel, (triton.cdiv(columns, SUMS), rows), partial, out, *strides, columns, partial.shape[0], scale,
         SUMS=SUMS, TOGETHER=TOGETHER, num_warps=SUM_WARPS, **EXACT,
     )  # fmt: skip
 
@@ -249,12 +243,14 @@ def has_mma(wide: torch.Tensor) -> bool:
     return wide.dtype != torch.float32 and gpu.triton().model(wide.device).capability >= MMA_SINCE
 
 
-# Counted in cubins, not timed. 16 deep: what FMAs, or a Philox counter an element, leave registers for (on gfx1100 in one stage).
+# Counted in cubins, not timed. On sm_80 (bf16, 16 ranks) 64 x 64 takes 56 registers and 2.9 instructions an element, 64 x 128 80
+# and 2.2 with room for half as many blocks; 128 ranks and dropout at 128 x 64 spill on gfx1100. FMAs, and a Philox counter an
+# element, leave registers for 16 columns (outer: rows) a round; stages beside FMAs spill on gfx1100.
 
 
 def shrink_tile(wide: torch.Tensor, r: int, counter_an_element: bool) -> Tile:
     ranks, mma = ranks_of(r), has_mma(wide)
-    columns = 64 if mma and not counter_an_element else 16
+    columns = 16 if counter_an_element or not mma else 64 if ranks <= 64 else 32
     if wide.shape[0] <= 16:  # a warp a tile: more would share a row's columns, or wait
         return Tile(16, columns, ranks, max(1, ranks // 32), 3 if mma else 1)
     rows = 128 if mma and ranks > 32 else 64
