@@ -58,9 +58,9 @@ def test_use_names_what_can_be_forced():
     with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda, triton .*got 'gpu'"):
         with peftk.use("gpu"):
             raise AssertionError("must not run")
-    with pytest.raises(RuntimeError, match="philox_dropout can't run: triton: this op has no such implementation"):
+    with pytest.raises(RuntimeError, match="lora_linear can't run: triton: this op has no such implementation"):
         with peftk.use("triton"):
-            peftk.ops.philox_dropout(torch.ones(64), 0.5, 1)
+            peftk.ops.lora_linear(torch.ones(1, 64), torch.ones(8, 64), torch.ones(2, 64), torch.ones(8, 2), 1.0)
     with pytest.raises(RuntimeError, match="nf4_quantize can't run: cuda: "):
         with peftk.use("cuda"):
             peftk.quantize_nf4(torch.ones(64))

@@ -22,9 +22,10 @@ from peftk.ops import (
     gpu_product,
     nf4_dequantize,
     nf4_quantize,
+    philox_dropout,
     regimes,
 )
-from peftk.ops.gpu_product import Gradient, Output, Weight
+from peftk.ops.gpu_product import Gradient, Outer, Output, Shrink, Weight
 
 OPS = Path(peftk.__file__).parent / "ops"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +77,7 @@ class Launch:
 
 
 class Recorder(gpu.TritonDoor):
-    """A door that writes down what would have been launched; results stay as they were allocated."""
+    """A door that writes down what would have been launched on a target; results stay as they were allocated."""
 
     def __init__(self, target: str = "sm_80") -> None:
         self.target = target
@@ -214,10 +215,41 @@ def _products(
     yield partial(forced, gpu_product.backward, gradients, zeros(m, k))
 
 
+def _dropout() -> Iterator[Call]:
+    for dtype in DTYPES:
+        yield partial(philox_dropout, torch.zeros(COUNTS[0], dtype=dtype), 0.1, 1)
+    yield partial(philox_dropout, torch.zeros(COUNTS[0] + 1, dtype=torch.bfloat16)[1:], 0.1, 1)
+
+
+def _thin() -> Iterator[Call]:
+    """The products beside W: with and without dropout, of few rows and of many, by whatever picks another kernel."""
+    fp32, bf16, fp16 = DTYPES
+    for dtype, m, c, r, dropout in (
+        *((bf16, m, 1024, 16, p) for m in (1, 4096) for p in (0.0, 0.1)),
+        *((fp32, m, 1024, 16, p) for m, p in ((1, 0.0), (4096, 0.1))),
+        (fp16, 4096, 1024, 16, 0.0),
+        (bf16, 4096, 1024, 64, 0.0),
+        *((dtype, m, 1024, 128, 0.1) for dtype in (fp32, bf16) for m in (16, 4096)),
+        *((bf16, m, 1022, r, 0.1) for m, r in ((1, 1), (4096, 5), (4096, 128))),
+        (fp32, 4096, 1022, 128, 0.1),
+    ):
+        yield partial(_thin_with, dtype, m, c, r, dropout)
+
+
+def _thin_with(dtype: torch.dtype, m: int, c: int, r: int, dropout: float) -> None:
+    """S and dA of a layer, then T and dB, which have no dropout."""
+    thin = importlib.import_module("peftk.ops.nf4_lora_linear.triton_thin")
+    wide, a, b, s = (torch.zeros(*shape, dtype=dtype) for shape in ((m, c), (r, c), (c, r), (m, r)))
+    thin.shrink([Shrink(wide, a.t(), 1.0, dropout, 1, s)] + [Shrink(wide, b, 1.0, 0.0, 0, s)] * (not dropout))
+    thin.outer([Outer(s, wide, 1.0, dropout, 1, a)] + [Outer(s, wide, 1.0, 0.0, 0, b.t())] * (not dropout))
+
+
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     "nf4_quantize": _quantize4,
     "nf4_dequantize": _dequantize4,
     "nf4_linear": _linear4,
     "blockwise8_quantize": _quantize8,
     "blockwise8_dequantize": _dequantize8,
+    "philox_dropout": _dropout,
+    "nf4_lora_linear": _thin,
 }

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from peftk.ops import dispatch, library
+from peftk.ops import dispatch, gpu, library
 from peftk.ops.philox_dropout import cpu, cuda, reference
 
-TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
+
+def _against_triton(x: torch.Tensor, p: float, seed: int) -> list[str]:
+    return gpu.triton().reasons_against(x) + dispatch.reasons_against_dtype("x", x.dtype)
+
+
+TABLE = (
+    cpu.IMPLEMENTATION,
+    cuda.IMPLEMENTATION,
+    gpu.triton_implementation("philox_dropout", _against_triton),
+    reference.IMPLEMENTATION,
+)
 
 
 def philox_dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:

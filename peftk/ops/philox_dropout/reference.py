@@ -4,6 +4,8 @@ import torch
 
 from peftk.ops.dispatch import Implementation, no_reason
 
+ROUNDS = 10
+FACTORS, KEY_STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
@@ -16,14 +18,18 @@ def _multiply(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def philox(count: int, seed: int, device: torch.device) -> torch.Tensor:
     """(count,) int64 words in [0, 2^32)."""
-    counter = torch.arange((count + 3) // 4, device=device)
+    return philox_words(torch.arange((count + 3) // 4, device=device), seed).view(-1)[:count]
+
+
+def philox_words(counter: torch.Tensor, seed: int) -> torch.Tensor:
+    """(n,) int64 -> (n, 4) int64 words in [0, 2^32): those of elements 4 * counter … 4 * counter + 3."""
     c = [counter & _MASK, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
     k0, k1 = seed & _MASK, seed >> 32
-    for _ in range(10):
-        (hi0, lo0), (hi1, lo1) = _multiply(0xD2511F53, c[0]), _multiply(0xCD9E8D57, c[2])
+    for _ in range(ROUNDS):
+        (hi0, lo0), (hi1, lo1) = _multiply(FACTORS[0], c[0]), _multiply(FACTORS[1], c[2])
         c = [hi1 ^ c[1] ^ k0, lo1, hi0 ^ c[3] ^ k1, lo0]
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack(c, 1).view(-1)[:count]
+        k0, k1 = (k0 + KEY_STEPS[0]) & _MASK, (k1 + KEY_STEPS[1]) & _MASK
+    return torch.stack(c, 1)
 
 
 def run(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
