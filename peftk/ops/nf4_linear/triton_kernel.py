@@ -93,7 +93,7 @@ class Kernels:
         grid = triton.cdiv(len(rows), tile_rows), triton.cdiv(len(columns), triton_decode.COLUMNS)
         gpu.triton().launch(
             triton_decode.nf4_linear_decode, grid, weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset,
-            *tables(weight), out, weight.block_size.bit_length() - 1, weight.k, rows.start, columns.start, len(rows), len(columns),
+            *tables(weight), out, *block_bits([weight]), weight.k, rows.start, columns.start, len(rows), len(columns),
             IN_WORDS=in_words, ROWS=tile_rows, COLUMNS=triton_decode.COLUMNS, num_warps=triton_decode.WARPS, **EXACT,
         )  # fmt: skip
 
