@@ -134,8 +134,14 @@ class Figures:
 
 # Globs on the names of the kernels, bf16 and double quantised.
 KERNELS = {
-    ("cuda", "decode"): "nf4_dequantize_kernel<Bf16, true>",
-    ("triton", "decode"): "nf4_dequantize<u8, u8, fp32, fp32, fp32, fp32, bf16, *",
+    ("cuda", "decode"): "decode_tiles_kernel<Bf16, true>",
+    ("cuda", "forward few"): "nf4_linear_few_kernel<Bf16>",
+    ("triton", "decode"): "nf4_linear_decode<u8, u8, *bf16*, True, 32, 256>",
+    ("triton", "forward few"): "nf4_linear_forward<bf16*, 16, 128, 64, *",
+    **{("cuda", f"forward tile {t}"): f"nf4_linear_tile_kernel<Bf16, {t}>" for t in TOKENS},
+    **{("cuda", f"backward tile {t}"): f"nf4_linear_dx_tile_kernel<Bf16, {t}>" for t in TOKENS},
+    **{("triton", f"forward tile {t}"): f"nf4_linear_forward<bf16*, {t}, 128, 64, *" for t in TOKENS},
+    **{("triton", f"backward tile {t}"): f"nf4_linear_backward<*bf16*, {t}, 128, 64, *" for t in TOKENS},
 }
 
 
