@@ -6,6 +6,7 @@ from peftk.format.nf4 import NF4Weight
 from peftk.info import info
 from peftk.methods import (
     LoraConfig,
+    PromptTuningConfig,
     attach,
     delete_adapter,
     detach,
@@ -32,6 +33,7 @@ __all__ = [
     "use",
     # modules and models
     "LoraConfig",
+    "PromptTuningConfig",
     "attach",
     "delete_adapter",
     "detach",

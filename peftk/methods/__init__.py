@@ -11,11 +11,13 @@ from peftk.methods.attach import (
     unmerge,
 )
 from peftk.methods.lora import LoraConfig
+from peftk.methods.prompt_tuning import PromptTuningConfig
 from peftk.methods.qlora import qlora, qlora_config
 from peftk.methods.report import report
 
 __all__ = [
     "LoraConfig",
+    "PromptTuningConfig",
     "attach",
     "delete_adapter",
     "detach",

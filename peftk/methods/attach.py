@@ -94,7 +94,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use these adapters from now on, added up where there are several; only they are trained, and of these not the ones loaded
     with ``is_trainable=False``. ValueError for unknown names."""
     state = attached(model)
-    state.active = _known(state, names, "names")
+    names = _known(state, names, "names")
+    for _, wrapper in wrappers(model):
+        wrapper.check_active(names)
+    state.active = names
     model.requires_grad_(False)
     for _, wrapper in wrappers(model):
         for name in state.active:
@@ -153,7 +156,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for _, wrapper in wrappers(model):
         if name in wrapper.adapter_names():
             wrapper.delete_adapter(name)
-    swap_modules(model, {w: w.original() for _, w in wrappers(model) if not w.adapter_names()})
+    _take_out(model, [wrapper for _, wrapper in wrappers(model) if not wrapper.adapter_names()])
     del state.configs[name], state.trainable[name]
     set_adapter(model, [n for n in state.active if n != name])
 
@@ -165,11 +168,17 @@ def detach(model: nn.Module) -> nn.Module:
     state = attached(model)
     if state.biases is not None:
         state.biases.use(model, state.biases.owner in state.merged)
-    swap_modules(model, {wrapper: wrapper.original() for _, wrapper in wrappers(model)})
+    _take_out(model, [wrapper for _, wrapper in wrappers(model)])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.required_grad)
     del model.__dict__[_STATE]
     return model
+
+
+def _take_out(model: nn.Module, gone: list[Wrapper]) -> None:
+    for wrapper in gone:
+        wrapper.leave()
+    swap_modules(model, {wrapper: wrapper.original() for wrapper in gone})
 
 
 def merge(
@@ -178,6 +187,7 @@ def merge(
     """Add adapters (the active ones if None) to the weights: all of them in fp32, then one rounding or quantisation a layer.
     Returns the model, which then runs at the base's cost.
 
+    ValueError for prompts and prefixes: no weight can hold them.
     ``safe``: every layer is checked for NaN and Inf before any is changed; ValueError names the layer. ``keep_original``: the
     original bytes are kept, so that ``unmerge`` is exact. A weight that is tied to another module's is untied, with a warning.
     """
@@ -187,6 +197,7 @@ def merge(
     new = [name for name in names if name not in before]
     if not new:
         return model
+    _check_can_merge(model, new)
     if before and state.kept_original:
         unmerge(model)
         try:
@@ -240,6 +251,15 @@ def _known(state: Attached, names: str | Iterable[str], argument: str) -> list[s
     if unknown := [repr(name) for name in names if name not in state.configs]:
         raise ValueError(f"{argument}: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
     return names
+
+
+def _check_can_merge(model: nn.Module, names: list[str]) -> None:
+    for _, wrapper in wrappers(model):
+        if kept := [name for name in names if not wrapper.can_merge and name in wrapper.adapter_names()]:
+            raise ValueError(
+                f"adapter_names: expected adapters of weights, got {', '.join(kept)}, which adds to the inputs or the keys and "
+                "values: no weight can hold it; nothing was merged"
+            )
 
 
 def _check_finite(path: str, layer: AdapterLayer, names: list[str]) -> None:

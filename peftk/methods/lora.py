@@ -17,9 +17,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, swap_modules
-from peftk.methods.targets import ALL_LINEAR, pattern_value, select, select_whole, short_names, visible_modules
-from peftk.nn import DenseConv1D, NF4Linear, base_layer, is_adaptable
+from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
+from peftk.methods.targets import (
+    ALL_LINEAR,
+    check_can_be_saved_whole,
+    pattern_value,
+    put_in_place,
+    select,
+    select_whole,
+    short_names,
+    visible_modules,
+)
+from peftk.nn import DenseConv1D, base_layer, is_adaptable
 from peftk.nn.dense_linear import add_low_rank
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
@@ -107,8 +116,8 @@ class LoraConfig:
         paths = select(model, self, _is_supported, _is_wrapper)
         whole = select_whole(modules, self)
         for path in whole:
-            _check_can_be_saved_whole(path, modules[path])
-        _put_in_place(model, {modules[p]: AdapterLayer for p in paths} | {modules[p]: ModuleToSave for p in whole})
+            check_can_be_saved_whole(path, modules[path])
+        put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
             rank = pattern_value(self.rank_pattern, path, self.r)
             alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
@@ -163,26 +172,6 @@ def _is_supported(module: nn.Module) -> bool:
     """A linear layer, an embedding, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their own way."""
     is_scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
     return isinstance(module, LoraLinear | LoraEmbedding) or is_adaptable(module) or type(module) is nn.Embedding or is_scaled
-
-
-def _check_can_be_saved_whole(path: str, module: nn.Module) -> None:
-    for below, part in () if isinstance(module, ModuleToSave) else module.named_modules():
-        where = f"{path}.{below}".rstrip(".")
-        if isinstance(part, Wrapper):
-            raise ValueError(f"modules_to_save: {path} can't be trained whole, another adapter stands on {where}")
-        if isinstance(part, NF4Linear):
-            raise ValueError(
-                f"modules_to_save: expected dense weights, {where} is in 4 bits; quantize_model(skip=...) leaves it out"
-            )
-
-
-def _put_in_place(model: nn.Module, wanted: dict[nn.Module, type[Wrapper]]) -> None:
-    """Wrap what is no wrapper yet."""
-    new: dict[nn.Module, nn.Module] = {}
-    for module, kind in wanted.items():
-        if not isinstance(module, Wrapper):
-            new[module] = ModuleToSave(module) if kind is ModuleToSave else wrap(module)
-    swap_modules(model, new)
 
 
 def wrap(module: nn.Module) -> AdapterLayer:
