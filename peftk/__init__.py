@@ -6,7 +6,9 @@ from peftk.format.nf4 import NF4Weight
 from peftk.info import info
 from peftk.methods import (
     LoraConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
+    PTuningV2Config,
     attach,
     delete_adapter,
     detach,
@@ -33,6 +35,8 @@ __all__ = [
     "use",
     # modules and models
     "LoraConfig",
+    "PTuningV2Config",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "attach",
     "delete_adapter",

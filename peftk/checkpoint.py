@@ -23,13 +23,14 @@ from peftk.atomic import carry_over, write_folder
 from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
 from peftk.methods.lora import LoraConfig
+from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
 
 logger = logging.getLogger("peftk")
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ENCODER = "peftk_encoder.safetensors"
 PREFIX = "base_model.model."
-PROMPTS = (PromptTuningConfig,)
+PROMPTS = (PrefixTuningConfig, PromptTuningConfig)
 CONFIGS = {config.peft_type: config for config in (LoraConfig, *PROMPTS)} | {config.PRIVATE: config for config in PROMPTS}
 # Names that torch.compile and FSDP put into paths; files never have them.
 _TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")

@@ -11,12 +11,16 @@ from peftk.methods.attach import (
     unmerge,
 )
 from peftk.methods.lora import LoraConfig
+from peftk.methods.p_tuning_v2 import PTuningV2Config
+from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
 from peftk.methods.qlora import qlora, qlora_config
 from peftk.methods.report import report
 
 __all__ = [
     "LoraConfig",
+    "PTuningV2Config",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "attach",
     "delete_adapter",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -155,11 +156,8 @@ class EncodedPrompt(nn.Module):
 
     def flat(self) -> dict[str, torch.Tensor]:
         """By the file's key."""
-        mode = self.training
-        with torch.no_grad():  # a file never holds what dropout left
-            made = self.eval()().detach()
-        self.train(mode)
-        return {"prompt_embeddings": made}
+        with torch.no_grad(), evaluating(self):  # a file never holds what dropout left
+            return {"prompt_embeddings": self().detach()}
 
     def plain(self) -> PlainPrompt:
         """What the encoder makes now, as a parameter."""
@@ -168,6 +166,18 @@ class EncodedPrompt(nn.Module):
     def requires_grad_of_parameters(self) -> bool:
         """Whether it is trained."""
         return any(parameter.requires_grad for parameter in self.parameters())
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` it is in eval mode; afterwards every module is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def is_count(value: Any) -> bool:

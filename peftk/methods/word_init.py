@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftk.methods.prompts import evaluating
+
 
 def token_ids(text: str, tokenizer: Any, tokenizer_name: str | None = None, options: dict | None = None) -> list[int]:
     """Ids of ``text``: by ``tokenizer``, a callable that returns ``input_ids`` or has ``encode``, else by transformers' of that
@@ -48,10 +50,8 @@ def rows_of(embedding: nn.Module) -> int:
 @torch.no_grad()
 def embedded(embedding: nn.Module, ids: Sequence[int]) -> torch.Tensor:
     """(len(ids), d): what the embedding gives for them, with the scale that some models put on it: prompts stand behind that."""
-    mode = embedding.training
-    rows = embedding.eval()(torch.tensor(ids, device=embedding.weight.device))
-    embedding.train(mode)
-    return rows.detach()
+    with evaluating(embedding):
+        return embedding(torch.tensor(ids, device=embedding.weight.device)).detach()
 
 
 def sampled(embedding: nn.Module, n: int, frequent: Sequence[int] | None, among: int, special: set[int]) -> list[int]:
