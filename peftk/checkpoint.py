@@ -23,6 +23,7 @@ from peftk.atomic import carry_over, write_folder
 from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
 from peftk.methods.lora import LoraConfig
+from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
 
@@ -30,7 +31,7 @@ logger = logging.getLogger("peftk")
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ENCODER = "peftk_encoder.safetensors"
 PREFIX = "base_model.model."
-PROMPTS = (PrefixTuningConfig, PromptTuningConfig)
+PROMPTS = (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)
 CONFIGS = {config.peft_type: config for config in (LoraConfig, *PROMPTS)} | {config.PRIVATE: config for config in PROMPTS}
 # Names that torch.compile and FSDP put into paths; files never have them.
 _TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")

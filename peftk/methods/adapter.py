@@ -77,6 +77,29 @@ class Wrapper(nn.Module):
         have = self.adapter_names()
         self.active = [name for name in names if name in have]
 
+    def by_row(self) -> list[tuple[str, ...]]:
+        """The adapters that this module uses now: one entry for all rows of a batch, or one a row."""
+        if self.disabled:
+            return [()]
+        if self.rows is None:
+            return [tuple(self.active)]
+        have = self.adapter_names()
+        return [(name,) if name in have else () for name in self.rows]
+
+    def spread(self, values: list, batch: int) -> list:
+        """Of what ``by_row`` has one a row of the batch, which beams and samples make some times longer. ValueError for a batch
+        that isn't."""
+        if batch % len(values):
+            raise ValueError(f"names: expected a batch of {len(values)} rows or a multiple of it, got {batch}")
+        return [value for value in values for _ in range(batch // len(values))]
+
+    def rows_of(self, batch: int, device: torch.device) -> dict[tuple[str, ...], torch.Tensor]:
+        """By adapters, indices of the rows that use them."""
+        by_row = self.spread(self.by_row(), batch)
+        return {
+            names: torch.tensor([r for r, n in enumerate(by_row) if n == names], device=device) for names in dict.fromkeys(by_row)
+        }
+
 
 class AdapterLayer(Wrapper):
     """A base layer with adapters that add to its output, and that can be merged into its weight.
@@ -201,7 +224,15 @@ class ModuleToSave(Wrapper):
         return self.original_module if self.disabled or not names else self.modules_to_save[names[-1]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is not None and not self.disabled:
+            return self._forward_rows(*args, **kwargs)
         return self.current()(*args, **kwargs)
+
+    def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Each row by its own copy: (batch, ...) -> (batch, ...)."""
+        index = self.rows_of(x.shape[0], x.device)
+        parts = [(self.modules_to_save[names[0]] if names else self.original_module)(x[rows]) for names, rows in index.items()]
+        return torch.cat(parts)[torch.cat(list(index.values())).argsort()]
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper itself lacks (weight, out_features, …) is the current module's."""
@@ -288,15 +319,6 @@ class Beside(Wrapper):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def by_row(self) -> list[tuple[str, ...]]:
-        """The adapters in use: one entry for all rows of a batch, or one a row."""
-        if self.disabled:
-            return [()]
-        have = self.adapter_names()
-        if self.rows is None:
-            return [tuple(self.active)]
-        return [(name,) if name in have else () for name in self.rows]
 
 
 def swap_modules(model: nn.Module, new: dict[nn.Module, nn.Module | None]) -> None:

@@ -115,7 +115,7 @@ class DeepPrompts(Beside):
         widest = max(pair.shape[0] for pair in made.values())
         padded = torch.stack([nn.functional.pad(pair, (0, 0, widest - pair.shape[0], 0)) for pair in made.values()])
         which = {names: index for index, names in enumerate(made)}
-        index = torch.tensor(self._repeat([which[names] for names in by_row], batch), device=padded.device)
+        index = torch.tensor(self.spread([which[names] for names in by_row], batch), device=padded.device)
         lengths = torch.tensor([pair.shape[0] for pair in made.values()], device=padded.device)[index]
         seen = torch.arange(widest, device=padded.device) >= (widest - lengths)[:, None]
         return padded[index], seen[:, None]
@@ -139,7 +139,7 @@ class DeepPrompts(Beside):
             return shifted(module, kwargs, lengths[0])
         batch = self._batch if self._batch is not None else len(lengths)
         made = {by: shifted(module, kwargs, by) for by in dict.fromkeys(lengths)}
-        return _by_row(made, self._repeat(lengths, batch))
+        return _by_row(made, self.spread(lengths, batch))
 
     def _move_behind(self, module: nn.Module, kwargs: dict[str, Any], output: Any, by: int) -> Any:
         """Only the tokens behind an infix are further on."""
@@ -164,19 +164,13 @@ class DeepPrompts(Beside):
         if ids is None:
             raise ValueError("input_ids: expected some, to find where the infix stands, got None")
         tokens = [self.infix.get(names[0], -1) if names else -1 for names in by_row]
-        tokens = torch.tensor(self._repeat(tokens, batch), device=ids.device)
+        tokens = torch.tensor(self.spread(tokens, batch), device=ids.device)
         found = ids == tokens[:, None]
         missing = (tokens >= 0) & ~found.any(1)
         if missing.any():
             row = missing.int().argmax().item()
             raise ValueError(f"input_ids: expected the token {tokens[row].item()}, behind which the infix stands, in row {row}")
         return torch.where(found.any(1), found.int().argmax(1) + 1, length)
-
-    def _repeat(self, values: list, batch: int) -> list:
-        """Of one a row of ``rows``, one a row of the batch, which beams and samples make some times longer."""
-        if batch % len(values):
-            raise ValueError(f"names: expected a batch of {len(values)} rows or a multiple of it, got {batch}")
-        return [value for value in values for _ in range(batch // len(values))]
 
 
 _BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")

@@ -23,9 +23,9 @@ from peftk.methods.prompts import (
     token_embedding,
 )
 
-# (ids of one row, its columns with attention, index of the first virtual token) -> the row with virtual tokens. ``added`` of it
-# says by how much a row grows.
-Arrange = Callable[[list[int] | None, list[int], int], Row]
+# (ids of one row, their count, columns with attention, index of the first virtual token) -> the row with virtual tokens. Its
+# ``added`` says by how much a row grows.
+Arrange = Callable[[list[int] | None, int, list[int], int], Row]
 
 
 class InputPrompts(Beside):
@@ -109,6 +109,11 @@ class InputPrompts(Beside):
     ) -> None:
         given = ids if ids is not None else embeds
         batch, length = given.shape[:2]
+        if ids is None and any(getattr(self.arrange.get(n), "needs_ids", False) for names in by_row for n in names):
+            raise ValueError("input_ids: expected ids, to find placeholders in, got embeddings")
+        is_template = self._is_template(by_row)
+        if is_template and mask is None:
+            mask = torch.ones(batch, length, dtype=torch.long, device=given.device)
         layout, table = self._lay_out(by_row, ids, mask, batch, length, given.device)
         if self.limit is not None and layout.length > self.limit:
             raise ValueError(
@@ -117,13 +122,15 @@ class InputPrompts(Beside):
             )
         if ids is not None:
             self._pending = layout.slot, table
-            kwargs[self._key("input_ids")] = layout.carry(ids, *self._harmless(ids), fixed=layout.fixed)
+            harmless, filler = self._harmless()
+            carried = layout.carry(ids, harmless, filler, fixed=layout.fixed)
+            kwargs[self._key("input_ids")] = carried.masked_fill(layout.slot != NOTHING, harmless)
         else:
             kwargs[self._key("inputs_embeds")] = self._put(layout.carry(embeds, 0, 0), layout.slot, table)
         new_mask = layout.mask(mask, batch)
         if new_mask is not None:
             kwargs[self._key("attention_mask")] = new_mask
-        self._carry_positions(kwargs, layout, new_mask, self._is_template(by_row))
+        self._carry_positions(kwargs, layout, new_mask, is_template)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = layout.carry(kwargs["token_type_ids"], 0, 0)
         labels = kwargs.get("labels")
@@ -141,7 +148,7 @@ class InputPrompts(Beside):
         if any(name in self.arrange for names in by_row for name in names):
             self._continue_arranged(by_row, kwargs, given, mask, past)
             return
-        lengths = self._repeat([sum(self.used[name] for name in names) for names in by_row], batch)
+        lengths = self.spread([sum(self.used[name] for name in names) for names in by_row], batch)
         widest = max(lengths)
         if mask is None and len(set(lengths)) > 1:
             mask = torch.ones(batch, past + length - widest, dtype=torch.long, device=given.device)
@@ -161,18 +168,23 @@ class InputPrompts(Beside):
     ) -> None:
         """Rows are packed to the right, so that their lengths say the mask; new tokens stand behind the layout."""
         batch, length = given.shape[:2]
-        added = self._repeat([sum(self._added(name) for name in names) for names in by_row], batch)
+        added = self.spread([sum(self._added(name) for name in names) for names in by_row], batch)
         if not any(added):
             return
+        key = self._key("position_ids")
+        if mask is None and len(set(added)) > 1:
+            raise ValueError("attention_mask: expected one, to go on after prompts of different lengths, got None")
         if mask is None:
-            raise ValueError("attention_mask: expected one, to go on after a template, got None")
+            if kwargs.get(key) is not None:
+                kwargs[key] = kwargs[key] + added[0]
+            return
         added = torch.tensor(added, device=mask.device)
         total = past + length
         start = total - (mask.sum(1) + added)
         mask = (torch.arange(total, device=mask.device) >= start[:, None]).to(mask.dtype)
         kwargs[self._key("attention_mask")] = mask
         if self.takes_positions:
-            kwargs[self._key("position_ids")] = positions(mask, length)
+            kwargs[key] = positions(mask, length)
 
     def _added(self, name: str) -> int:
         """By how much a row grows."""
@@ -237,33 +249,26 @@ class InputPrompts(Beside):
         first = self._first_slots(by_row)
         if not any(name in first for name in self.arrange):
             fronts = [[slot for n in names for slot in range(first[n], first[n] + self.used[n])] for names in by_row]
-            return self._repeat([virtual(front) + real(range(length)) for front in fronts], batch)
-        by_row = self._repeat(by_row, batch, spread=True)
+            rows = [virtual(front) + real(range(length)) for front in fronts]
+            return rows if len(rows) == 1 else self.spread(rows, batch)
+        by_row = self.spread(by_row, batch)
         listed = None if ids is None else ids.tolist()
         kept = [list(range(length))] * batch if mask is None else [_columns(row) for row in mask.tolist()]
         rows = []
         for at, names in enumerate(by_row):
             here = None if listed is None else listed[at]
             if not names:
-                rows.append(real(kept[at]))
+                rows.append(real(range(length)))
             elif names[0] not in self.arrange:
-                rows.append(virtual(list(range(first[names[0]], first[names[0]] + self.used[names[0]]))) + real(kept[at]))
+                rows.append(virtual(range(first[names[0]], first[names[0]] + self.used[names[0]])) + real(range(length)))
             else:
                 try:
-                    rows.append(self.arrange[names[0]](here, kept[at], first[names[0]]))
+                    rows.append(self.arrange[names[0]](here, length, kept[at], first[names[0]]))
                 except ValueError as error:
                     raise ValueError(f"input_ids: row {at}: {error}") from error
         return rows
 
-    def _repeat(self, values: list, batch: int, spread: bool = False) -> list:
-        """Of one a row of ``rows``, one a row of the batch, which beam search and sampling make some times longer."""
-        if self.rows is None:
-            return values * batch if spread else values
-        if batch % len(values):
-            raise ValueError(f"names: expected a batch of {len(values)} rows or a multiple of it, got {batch}")
-        return [value for value in values for _ in range(batch // len(values))]
-
-    def _harmless(self, ids: torch.Tensor) -> tuple[int, int]:
+    def _harmless(self) -> tuple[int, int]:
         """Ids to look up at virtual tokens and at padding: whatever they give is replaced or masked, but some models tell
         padding by its id."""
         pad = self.pad_token_id if self.pad_token_id is not None else 0
@@ -285,7 +290,7 @@ class InputPrompts(Beside):
         elif self.takes_positions and self.is_left and mask is not None:
             kwargs[key] = positions(mask, layout.length)
         elif given is not None:
-            raise ValueError("position_ids: expected None beside a template, which moves tokens, or an attention_mask, got ids")
+            raise ValueError("position_ids: expected None beside a template, which moves tokens, got ids")
 
     def _key(self, name: str) -> str:
         return f"decoder_{name}" if self.keys == "decoder" else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +30,16 @@ class Row:
         return pad + self if is_left else self + pad
 
 
-def real(columns: list[int]) -> Row:
+def real(columns: Iterable[int]) -> Row:
     """Real tokens, by their columns."""
-    return Row(list(columns), [NOTHING] * len(columns), [NOTHING] * len(columns))
+    columns = list(columns)
+    return Row(columns, [NOTHING] * len(columns), [NOTHING] * len(columns))
 
 
-def virtual(slots: list[int]) -> Row:
+def virtual(slots: Iterable[int]) -> Row:
     """Virtual tokens, by their indices."""
-    return Row([NOTHING] * len(slots), list(slots), [NOTHING] * len(slots))
+    slots = list(slots)
+    return Row([NOTHING] * len(slots), slots, [NOTHING] * len(slots))
 
 
 def fixed(ids: list[int]) -> Row:

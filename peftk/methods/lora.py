@@ -222,6 +222,8 @@ class LoraLinear(AdapterLayer):
         return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rows is not None:
+            return self._forward_rows(x)
         names = self.running()
         if not names:
             return self.base_layer.forward(x)
@@ -229,6 +231,14 @@ class LoraLinear(AdapterLayer):
         y = self.base_layer.forward_low_rank(x, *first[:3], dropout=first[3])
         for A, B, scale, dropout in others:
             y = add_low_rank(y, x, A, B, scale, None, dropout, None)
+        return y
+
+    def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer.forward(x)
+        for names, rows in self.rows_of(x.shape[0], x.device).items():
+            for n in names:
+                factors = self.lora_A[n], self.lora_B[n], self.scaling[n]
+                y = y.index_copy(0, rows, add_low_rank(y[rows], x[rows], *factors, None, self._dropout(n), None))
         return y
 
     def _dropout(self, name: str) -> float:
@@ -278,11 +288,19 @@ class LoraEmbedding(AdapterLayer):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = self.base_layer.forward(ids)
-        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
-        for name in self.running():
-            rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
-            y = y + (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(y.dtype)
+        if self.rows is None:
+            for name in self.running():
+                y = y + self._branch(name, ids, y.dtype)
+            return y
+        for names, rows in self.rows_of(ids.shape[0], ids.device).items():
+            for name in names:
+                y = y.index_add(0, rows, self._branch(name, ids[rows], y.dtype))
         return y
+
+    def _branch(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
+        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
+        return (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(dtype)
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:

@@ -14,13 +14,7 @@ from peftk.methods.prompts import evaluating
 def token_ids(text: str, tokenizer: Any, tokenizer_name: str | None = None, options: dict | None = None) -> list[int]:
     """Ids of ``text``: by ``tokenizer``, a callable that returns ``input_ids`` or has ``encode``, else by transformers' of that
     name. No special tokens are added where the tokenizer can leave them out. ValueError where neither is given, or none come."""
-    if tokenizer is None and tokenizer_name is None:
-        raise ValueError("tokenizer: expected one, or tokenizer_name_or_path, to make ids of a text, got None")
-    if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        options = {key: value for key, value in (options or {}).items() if key != "trust_remote_code"}  # a file may ask for it
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **options)
+    tokenizer = load_tokenizer(tokenizer, tokenizer_name, options)
     encode = getattr(tokenizer, "encode", None)
     made = encode(text, add_special_tokens=False) if callable(encode) else tokenizer(text)
     ids = getattr(made, "ids", made)
@@ -28,6 +22,18 @@ def token_ids(text: str, tokenizer: Any, tokenizer_name: str | None = None, opti
     if not ids:
         raise ValueError(f"tokenizer: expected tokens for {text!r}, got none")
     return ids
+
+
+def load_tokenizer(tokenizer: Any, name: str | None, options: dict | None = None) -> Any:
+    """``tokenizer``, or transformers' of that name. ValueError where neither is given."""
+    if tokenizer is not None:
+        return tokenizer
+    if name is None:
+        raise ValueError("tokenizer: expected one, or tokenizer_name_or_path, to make ids of a text, got None")
+    from transformers import AutoTokenizer
+
+    options = {key: value for key, value in (options or {}).items() if key != "trust_remote_code"}  # a file may ask for it
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 def repeated(ids: Sequence[int], n: int) -> list[int]:
