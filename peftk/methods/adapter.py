@@ -204,7 +204,8 @@ class ModuleToSave(Wrapper):
 
     def add_adapter(self, name: str) -> None:
         """A trainable copy of the original."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True).train(self.training)
+        made = copy.deepcopy(self.original_module, {id(owner): owner for owner in _owners_of_hooks(self.original_module)})
+        self.modules_to_save[name] = made.requires_grad_(True).train(self.training)
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return list(self.modules_to_save[name].parameters())
@@ -242,6 +243,14 @@ class ModuleToSave(Wrapper):
             if "original_module" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.current(), name)
+
+
+def _owners_of_hooks(module: nn.Module) -> list[nn.Module]:
+    """What stands beside the model and acts through this module's hooks: a copy of the module goes on with the same."""
+    tables = [table for part in module.modules() for table in (part._forward_hooks, part._forward_pre_hooks)]
+    hooks = [hook for table in tables for hook in table.values()]
+    owners = [getattr(getattr(hook, "func", hook), "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Beside)]
 
 
 class Beside(Wrapper):

@@ -94,7 +94,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use these adapters from now on, added up where there are several; only they are trained, and of these not the ones loaded
     with ``is_trainable=False``. ValueError for unknown names."""
     state = attached(model)
-    names = _known(state, names, "names")
+    names = known(state, names, "names")
     for _, wrapper in wrappers(model):
         wrapper.check_active(names)
     state.active = names
@@ -144,7 +144,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Drop one adapter; where it was the last one in a place, the original module returns. ValueError for an unknown name,
     RuntimeError for one that is merged."""
     state = attached(model)
-    _known(state, name, "name")
+    known(state, name, "name")
     if name in state.merged:
         raise RuntimeError(f"name: expected an adapter that isn't merged, got {name!r}; unmerge first")
     if len(state.configs) == 1:
@@ -193,7 +193,7 @@ def merge(
     """
     state = attached(model)
     before = list(state.merged)
-    names = _known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
+    names = known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
     new = [name for name in names if name not in before]
     if not new:
         return model
@@ -246,7 +246,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _known(state: Attached, names: str | Iterable[str], argument: str) -> list[str]:
+def known(state: Attached, names: str | Iterable[str], argument: str) -> list[str]:
+    """The names as a list. ValueError, naming the argument, for those that aren't attached."""
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if unknown := [repr(name) for name in names if name not in state.configs]:
         raise ValueError(f"{argument}: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")

@@ -13,7 +13,16 @@ from torch import nn
 
 from peftk.methods.input_prompts import Arrange, InputPrompts, entry_of
 from peftk.methods.layout import NOTHING, Row, fixed, real, virtual
-from peftk.methods.prompts import EncodedPrompt, PlainPrompt, PromptConfig, check_fits, factor_dtype, is_count, is_probability
+from peftk.methods.prompts import (
+    Dense,
+    EncodedPrompt,
+    PlainPrompt,
+    PromptConfig,
+    check_fits,
+    factor_dtype,
+    is_count,
+    is_probability,
+)
 from peftk.methods.word_init import check_ids, embedded, load_tokenizer, token_ids
 
 ENCODERS = ("MLP", "LSTM", "NONE")
@@ -238,7 +247,7 @@ class MLPPrompt(EncodedPrompt):
         super().__init__()
         d = start.shape[1]
         self.embedding = nn.Embedding.from_pretrained(start, freeze=False)
-        self.mlp_head = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, d))
+        self.mlp_head = nn.Sequential(Dense(d, hidden), nn.ReLU(), Dense(hidden, hidden), nn.ReLU(), Dense(hidden, d))
 
     def forward(self) -> torch.Tensor:
         return self.mlp_head(self.embedding.weight)
@@ -252,7 +261,7 @@ class LSTMPrompt(EncodedPrompt):
         d = start.shape[1]
         self.embedding = nn.Embedding.from_pretrained(start, freeze=False)
         self.lstm_head = nn.LSTM(d, hidden, num_layers=layers, dropout=dropout, bidirectional=True, batch_first=True)
-        self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, d))
+        self.mlp_head = nn.Sequential(Dense(2 * hidden, 2 * hidden), nn.ReLU(), Dense(2 * hidden, d))
 
     def forward(self) -> torch.Tensor:
         return self.mlp_head(self.lstm_head(self.embedding.weight[None])[0])[0]

@@ -18,6 +18,7 @@ from peftk.methods.attention import CROSS, ENCODER, SELF, Attention, find_attent
 from peftk.methods.deep_prompts import DeepPrompts
 from peftk.methods.input_prompts import InputPrompts, entry_of
 from peftk.methods.prompts import (
+    Dense,
     EncodedPrompt,
     PlainPrompt,
     PromptConfig,
@@ -209,8 +210,8 @@ class ProjectedPrefix(nn.Module):
     def __init__(self, n: int, d: int, hidden: int, widths: Sequence[int], dropout: float, is_zero: bool):
         super().__init__()
         self.embedding = nn.Embedding(n, d)
-        self.hidden = nn.Linear(d, hidden)
-        self.out = nn.ModuleList([nn.Linear(hidden, width) for width in widths])
+        self.hidden = Dense(d, hidden)
+        self.out = nn.ModuleList([Dense(hidden, width) for width in widths])
         self.dropout = dropout
         for layer in self.out if is_zero else ():
             nn.init.zeros_(layer.weight)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from peftk.methods.adapter import Beside, ModuleToSave, Wrapper
+from peftk.methods.attach import attached, known, wrappers
 from peftk.methods.targets import check_can_be_saved_whole, put_in_place, select_whole, visible_modules
 
 # Fields of HF peft's file that say nothing about what is computed.
@@ -127,6 +129,10 @@ class PromptConfig:
             setattr(self, name, value)
 
 
+class Dense(nn.Linear):
+    """An encoder's layer: of a class of its own, so that quantize_model leaves it alone."""
+
+
 class PlainPrompt(nn.Module):
     """A prompt that is its own parameter: () -> (n, d)."""
 
@@ -178,6 +184,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def drop_encoder(model: nn.Module, adapter_name: str = "default") -> nn.Module:
+    """The MLP or LSTM that makes a prompt or a prefix in training is dropped: what it makes now is the parameter from here on, a
+    new one to an optimizer. Returns the model. ValueError for an unknown adapter, or one without an encoder."""
+    state = attached(model)
+    known(state, adapter_name, "adapter_name")
+    beside = [w for _, w in wrappers(model, Beside) if adapter_name in w.adapter_names()]
+    if not any(wrapper.encoder_tensors(adapter_name) for wrapper in beside):
+        raise ValueError(f"adapter_name: expected an adapter with an encoder, got {adapter_name!r}, which has none")
+    for wrapper in beside:
+        wrapper.drop_encoder(adapter_name)
+    return model
 
 
 def is_count(value: Any) -> bool:
@@ -252,9 +271,14 @@ def factor_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32) if weight.dtype.is_floating_point else torch.float32
 
 
-def parameters_of(module: nn.Module) -> list[str]:
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of forward's parameters."""
-    return list(inspect.signature(module.forward).parameters)
+    return _parameters(getattr(module.forward, "__func__", module.forward), hasattr(module.forward, "__func__"))
+
+
+@functools.cache  # hooks ask at every call
+def _parameters(function: Callable, is_method: bool) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[int(is_method) :]
 
 
 def as_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

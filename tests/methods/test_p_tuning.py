@@ -168,6 +168,24 @@ def test_anchors_start_from_words():
     assert torch.equal(encoder(model)()[[0, 2]], embedding[[7, 9]]) and not torch.equal(encoder(model)()[1], embedding[0])
 
 
+@pytest.mark.parametrize("config", [PTuningConfig, peftk.PrefixTuningConfig])
+def test_an_encoder_stays_dense_and_is_dropped_on_request(config):
+    fields = {"prefix_projection": True} if config is peftk.PrefixTuningConfig else {}
+    model = pm.move(attach(pm.build("gpt2"), config(num_virtual_tokens=N, **fields)))
+    y = pm.logits(model, pm.batch("gpt2"))
+    peftk.drop_encoder(model)
+    torch.testing.assert_close(pm.logits(model, pm.batch("gpt2")), y)
+    assert all("encoder" not in n and "embedding.weight" not in n for n, p in model.named_parameters() if p.requires_grad)
+    assert len(peftk.trainable_parameters(model)) == (2 if fields else 1)
+    with pytest.raises(ValueError, match="adapter_name: expected an adapter with an encoder, got 'default'"):
+        peftk.drop_encoder(model)
+    with pytest.raises(ValueError, match="adapter_name: no adapter called 'x'"):
+        peftk.drop_encoder(model, "x")
+    model = attach(pm.build("gpt2"), config(num_virtual_tokens=N, **fields))
+    peftk.quantize_model(model, progress=False)
+    assert all(p.dtype == torch.float32 for p in peftk.trainable_parameters(model))
+
+
 @pytest.mark.parametrize("way", ["MLP", "LSTM"])
 def test_checkpointing_and_training_reach_the_whole_encoder(way):
     model = tuned("llama", template="[v]*2 {x} [v]*2", tokenizer=Words(), encoder_reparameterization_type=way).train()

@@ -199,6 +199,19 @@ def test_beside_lora_and_no_merging():
     torch.testing.assert_close(pm.logits(model, {"input_ids": pm.batch("llama")["input_ids"]}), y, rtol=1e-4, atol=1e-4)
 
 
+def test_a_trained_copy_of_the_embedding_takes_the_prompt_too():
+    """Hooks are copied with a module: the copy's must act for the same prompts, not for a copy of them."""
+    model = attach(pm.build("gpt2"), PromptTuningConfig(num_virtual_tokens=N), "prompt")
+    inputs = pm.batch("gpt2")
+    y = pm.logits(model, inputs)
+    attach(model, peftk.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"]), "lora")
+    peftk.set_adapter(model, ["prompt", "lora"])
+    assert torch.equal(pm.logits(model, inputs), y)
+    peftk.delete_adapter(model, "prompt")
+    peftk.detach(model)
+    assert not any(hook_count(part) for part in model.modules())
+
+
 def test_report_counts_the_prompt():
     model = tuned("llama")
     report = peftk.report(model)
