@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftk.methods.prompts import as_keywords, is_encoder_decoder, parameters_of
+from peftk.methods.prompts import as_keywords, is_encoder_decoder, is_position_table, parameters_of
 
 # Of the only stack, or the decoder, to itself; of the encoder to itself; of the decoder to the encoder.
 SELF, ENCODER, CROSS = "self", "encoder", "cross"
@@ -27,7 +27,6 @@ _FUSED = ("c_attn", "query_key_value", "qkv_proj")  # of both, and of queries
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _CACHE = ("past_key_values", "past_key_value", "layer_past")
 _CROSS_PATHS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
-_LEARNED_POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ def find_positions(model: nn.Module, attentions: list[Attention]) -> list[nn.Mod
     found = []
     for path, module in model.named_modules():
         is_rotary = type(module).__name__.endswith("RotaryEmbedding") and "position_ids" in parameters_of(module)
-        is_learned = path.rpartition(".")[2] in _LEARNED_POSITIONS and isinstance(module, nn.Embedding)
-        if (is_rotary or is_learned) and module not in encoder:
+        if (is_rotary or is_position_table(path, module)) and module not in encoder:
             found.append(module)
     takes = [a for a in attentions if a.kind == SELF and "position_ids" in parameters_of(a.module)]
     if not found and takes:

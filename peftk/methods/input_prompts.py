@@ -16,6 +16,7 @@ from peftk.methods.adapter import Beside
 from peftk.methods.layout import NOTHING, Layout, Row, positions, real, virtual
 from peftk.methods.prompts import (
     as_keywords,
+    has_learned_positions,
     is_causal,
     is_encoder_decoder,
     max_positions,
@@ -41,7 +42,7 @@ class InputPrompts(Beside):
         entry, embedding, self.keys = entry_of(model)
         self.is_left = self.keys != "encoder" and is_causal(model)
         self.takes_positions = self._key("position_ids") in parameters_of(entry)
-        self.limit = None if self.keys == "encoder" else max_positions(model)
+        self.limit = max_positions(model) if has_learned_positions(entry) else None
         self.pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._handles = [
             entry.register_forward_pre_hook(self.enter, with_kwargs=True),

@@ -125,7 +125,6 @@ class PTuningConfig(PromptConfig):
         return LSTMPrompt(start, self.encoder_hidden_size, self.encoder_num_layers, self.encoder_dropout)
 
     def arrangement(self) -> Arrange | None:
-        """Where the virtual tokens stand; None: in front."""
         n = self.num_virtual_tokens
         if self.placeholder_token_id is not None:
             return Placeholders(self.placeholder_token_id, n)

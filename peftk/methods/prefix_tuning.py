@@ -6,6 +6,7 @@ ablations of section 7: [x; INFIX; y], and trained vectors at the input only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +97,6 @@ class PrefixTuningConfig(PromptConfig):
             k: v for k, v in fields.items() if k not in ("tokenizer", "tokenizer_name_or_path", "init_text", "init_token_ids")
         }
 
-    def arrangement(self) -> None:
-        """At the input, in front."""
-        return None
-
     def build(self, model: nn.Module) -> nn.Module:
         check_fits(model, self.num_virtual_tokens)
         if self.variant == "embedding":
@@ -107,8 +104,8 @@ class PrefixTuningConfig(PromptConfig):
         found = find_attentions(model)
         find_positions(model, found)
         groups = self._groups(model, found)
-        if is_encoder_decoder(model) and self.variant == "infix":
-            raise ValueError("variant: expected a prefix for an encoder-decoder model, got 'infix', which is for one stack")
+        if self.variant == "infix":
+            _check_takes_infix(model)
         first = next(a for a in found if a.kind == SELF)
         widths = {found[at].width for places in groups.values() for at in places}
         if len(widths) == 1:
@@ -170,6 +167,14 @@ class PrefixTuningConfig(PromptConfig):
         if ids is not None:
             prefix.begin([embedded(embedding, ids)])
         return PrefixVectors(prefix) if self.prefix_projection else PlainPrompt(prefix.pair(0))
+
+
+def _check_takes_infix(model: nn.Module) -> None:
+    if is_encoder_decoder(model):
+        raise ValueError("variant: expected a prefix for an encoder-decoder model, got 'infix', which is for one stack")
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+        kind = type(model).__name__
+        raise ValueError(f"variant: expected a prefix for {kind}, got 'infix': its forward hands no keywords on to attention")
 
 
 class Prefix(nn.Module):

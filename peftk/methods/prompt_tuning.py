@@ -72,10 +72,6 @@ class PromptTuningConfig(PromptConfig):
         self.settle(token_dim=weight.shape[1])
         return PlainPrompt(weight.to(embedding.weight.device, factor_dtype(embedding.weight)))
 
-    def arrangement(self) -> None:
-        """In front."""
-        return None
-
     def _start(self, model: nn.Module, embedding: nn.Module, rows: int) -> torch.Tensor:
         if self.prompt_tuning_init == "RANDOM" or self.inference_mode:
             return torch.randn(rows, embedded(embedding, [0]).shape[1])

@@ -44,7 +44,7 @@ class PromptConfig:
     modules_to_save: list[str] | None = None  # trained whole, beside the prompt
     inference_mode: bool = False  # the prompt is not trained
     base_model_name_or_path: str | None = None
-    token_dim: int | None = None  # these four are the model's, and are checked where given
+    token_dim: int | None = None  # these three are the model's, and are checked where the method depends on them
     num_layers: int | None = None
     num_attention_heads: int | None = None
     num_transformer_submodules: int | None = None  # 2 for SEQ_2_SEQ_LM: HF peft's tensors are for two stacks then
@@ -120,6 +120,10 @@ class PromptConfig:
         """The encoder, for ``KIND.prompt_embeddings``. Fills in what the model says; ValueErrors come from here, before anything
         is in place."""
         raise NotImplementedError
+
+    def arrangement(self) -> Callable | None:
+        """Where the virtual tokens of an input-level prompt stand; None: in front."""
+        return None
 
     def settle(self, **facts: int) -> None:
         """Take what the model says; ValueError where the config says something else."""
@@ -239,8 +243,19 @@ def is_causal(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
+def has_learned_positions(module: nn.Module) -> bool:
+    """Whether positions are looked up in a table, which ends somewhere."""
+    return any(is_position_table(path, part) for path, part in module.named_modules())
+
+
+def is_position_table(path: str, module: nn.Module) -> bool:
+    """By the names that the families have for it."""
+    names = ("wpe", "position_embeddings", "embed_positions")
+    return isinstance(module, nn.Embedding) and path.rpartition(".")[2] in names
+
+
 def max_positions(model: nn.Module) -> int | None:
-    """Of learned or trained positions, as the model's config says."""
+    """As the model's config says."""
     config = getattr(model, "config", None)
     names = ("max_target_positions", "max_position_embeddings")
     return next((value for name in names if is_count(value := getattr(config, name, None))), None)

@@ -19,13 +19,14 @@ def adapters_per_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside the ``with`` row i of a batch is computed with the adapter ``names[i]`` alone, "__base__" for none; the active ones
     count no more. A batch that is k times as long, as beams and samples make it, has k rows for each name.
 
-    Which adapters are trained stays as ``set_adapter`` said. ValueError: an unknown name; an adapter that is merged, so that
+    Which adapters are trained stays as ``set_adapter`` said; with gradient checkpointing the backward pass belongs inside too, as
+    it computes layers again. ValueError: an unknown name; an adapter that is merged, so that
     every row has it; one that trains biases of the base, which all rows share.
     """
     state = attached(model)
+    if isinstance(names, str) or not len(names):
+        raise ValueError(f"names: expected a list with a name for each row, got {names!r}")
     names = list(names)
-    if isinstance(names, str) or not names:
-        raise ValueError(f"names: expected a name for each row, got {names!r}")
     if unknown := sorted({repr(name) for name in names if name != BASE and name not in state.configs}):
         raise ValueError(f"names: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
     if state.merged:

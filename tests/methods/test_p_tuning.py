@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import prompt_models as pm
 import pytest
@@ -149,6 +151,16 @@ def test_a_template_in_an_encoder_decoder_model():
     torch.testing.assert_close(y[-1:], alone, rtol=1e-4, atol=1e-5)
     with peftk.disable_adapters(model):
         assert not torch.allclose(pm.logits(model, inputs), y, atol=1e-3)
+
+
+def test_copies_and_pickles_are_independent():
+    model = tuned("gpt2", template="[v]*2 {x} [v]", tokenizer=Words())
+    inputs = pm.batch("gpt2")
+    y = pm.logits(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(pm.logits(twin, inputs), y)
+        pm.move(twin, seed=9)
+        assert torch.equal(pm.logits(model, inputs), y) and not torch.equal(pm.logits(twin, inputs), y)
 
 
 def test_positions():

@@ -139,7 +139,8 @@ def test_bad_arguments_are_named():
     inputs = pm.batch("gpt2", rows=3)
     for names, message in [
         (["a", "z"], "names: no adapter called 'z'; attached are a, b"),
-        ([], "names: expected a name for each row"),
+        ([], "names: expected a list with a name for each row"),
+        ("a", "names: expected a list with a name for each row, got 'a'"),
     ]:
         with pytest.raises(ValueError, match=message), peftk.adapters_per_row(model, names):
             pass
