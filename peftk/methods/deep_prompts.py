@@ -82,12 +82,12 @@ class DeepPrompts(Beside):
 
     def attend(self, at: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before an attention module's call."""
-        kwargs = as_keywords(module, args, kwargs)
-        first = kwargs.pop(INFIX, None)
         by_row = self.by_row()
         have = {name for names in by_row for name in names if self.prompt_embeddings[name].has(at)}
-        if not have:
-            return None if first is None else ((), kwargs)
+        if not have:  # and then no infix, which is for every module with attention of its kind
+            return None
+        kwargs = as_keywords(module, args, kwargs)
+        first = kwargs.pop(INFIX, None)
         attention = self.attentions[at]
         batch, queries = kwargs["hidden_states"].shape[:2]
         pairs, seen = self._pairs(at, by_row, batch)

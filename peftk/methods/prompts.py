@@ -83,12 +83,13 @@ class PromptConfig:
         return cls(**{k: v for k, v in fields.items() if k in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json holds. ``peft_type`` is HF peft's only where HF peft computes the same."""
+        """What adapter_config.json holds. ``peft_type`` is HF peft's only where HF peft computes the same; fields unknown to it
+        are warned of there, and left out."""
         fields = {f.name: f for f in dataclasses.fields(self)}
         held = {name: getattr(self, name) for name in fields}
         ours = {name for name in self.OURS if held[name] != fields[name].default}
         hf_can = not ours - set(self.TRAINING) and self.task_type is not None
-        kept = {name: copy.deepcopy(v) for name, v in held.items() if name not in set(self.OURS) - (set() if hf_can else ours)}
+        kept = {name: copy.deepcopy(value) for name, value in held.items() if name not in set(self.OURS) - ours}
         return {**kept, "peft_type": self.peft_type if hf_can else self.PRIVATE, "inference_mode": True}
 
     def inject(self, model: nn.Module, name: str) -> PromptConfig:
