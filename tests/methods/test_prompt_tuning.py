@@ -92,6 +92,14 @@ def test_embeddings_as_inputs_and_given_positions():
     assert not torch.allclose(pm.logits(model, {"input_ids": ids, "position_ids": positions * 2}), y, atol=1e-3)
 
 
+def test_the_embedding_is_itself_again_after_the_call():
+    model = pm.move(tuned("llama"))
+    inputs = pm.batch("llama")
+    pm.logits(model, inputs)
+    embedding, ids = model.get_input_embeddings(), torch.full((2, N + inputs["input_ids"].shape[1]), 5)
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+
+
 def test_a_padded_row_is_classified_by_its_last_token():
     """HF peft hands embeddings on, and the last column, padding, is classified."""
     model = pm.move(tuned("llama-classifier"))
