@@ -52,8 +52,14 @@ class PromptTuningConfig(PromptConfig):
             "sample_vocab_size": (is_count(self.sample_vocab_size), "a positive integer"),
         }
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> PromptTuningConfig:
+        """A prompt that comes from a file has begun: no tokenizer is looked for again."""
+        began = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None}
+        return super().from_dict({**fields, **began})
+
     def to_dict(self) -> dict[str, Any]:
-        """How it began says nothing about what it computes: HF peft would look for a tokenizer again."""
+        """How it began says nothing about what it computes: HF peft would look for a tokenizer that isn't named."""
         fields = {k: v for k, v in super().to_dict().items() if k not in self.OURS}
         needs = fields["prompt_tuning_init"] == "TEXT" and not fields["tokenizer_name_or_path"]
         if needs or fields["prompt_tuning_init"] == "CLASS_LABELS":

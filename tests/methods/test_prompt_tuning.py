@@ -259,6 +259,16 @@ def test_files_both_ways(kind, tmp_path):
     assert fields["peft_type"] == "PROMPT_TUNING" and fields["token_dim"] == 32
 
 
+def test_training_goes_on_without_the_tokenizer_it_began_with(tmp_path):
+    ours = tuned("gpt2", prompt_tuning_init="TEXT", prompt_tuning_init_text="one two", tokenizer=pm.words)
+    peftk.save_adapter(ours, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    began = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "one", "tokenizer_name_or_path": "no/such-tokenizer"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **began}))
+    twin = peftk.load_adapter(pm.build("gpt2"), tmp_path / "a", is_trainable=True)
+    assert torch.equal(weight(twin), weight(ours)) and weight(twin).requires_grad
+
+
 def test_bad_arguments_are_named_and_nothing_is_attached():
     bad = [
         ({"num_virtual_tokens": 0}, "num_virtual_tokens: expected a positive integer, got 0"),
