@@ -16,7 +16,7 @@ class PTuningV2Config(PrefixTuningConfig):
     """PrefixTuningConfig's fields; the file is HF peft's for Prefix Tuning, which computes the same.
 
     ``num_virtual_tokens`` is the knob: few for classification, about 100 for tagging (section 4.3). The heads that SEQ_CLS,
-    TOKEN_CLS and QUESTION_ANS name are trained whole; ValueError where the model has none.
+    TOKEN_CLS and QUESTION_ANS name are trained whole; ValueError where the model has none and ``modules_to_save`` names none.
     """
 
     encoder_hidden_size: int | None = 512  # of the MLP, where there is one
@@ -26,7 +26,7 @@ class PTuningV2Config(PrefixTuningConfig):
 
     def build(self, model: nn.Module) -> nn.Module:
         heads = TASK_HEADS.get(self.task_type, ())
-        if heads and not any(names_match(path, heads) for path, _ in model.named_modules()):
+        if heads and not self.modules_to_save and not any(names_match(path, heads) for path, _ in model.named_modules()):
             raise ValueError(
                 f"task_type: expected a model with a head called {' or '.join(heads)} for {self.task_type}, got none"
             )

@@ -43,7 +43,7 @@ VARIANTS = ("prefix", "infix", "embedding")
 class PrefixTuningConfig(PromptConfig):
     """HF peft's field names up to ``init_weights``; the others are ours.
 
-    Where ``attentions`` is None, an encoder-decoder model gets HF peft's prefix: in the decoder's self-attention, layer l with
+    Where ``attentions`` is None, SEQ_2_SEQ_LM gets HF peft's prefix: in the decoder's self-attention, layer l with
     the keys and values 2l modulo the number of layers, so that an even number of layers share in twos.
     """
 
@@ -123,7 +123,7 @@ class PrefixTuningConfig(PromptConfig):
             for kind, places in groups.items():
                 prefixes[kind].begin([start[at] for at in places])
         index = {at: (kind, i) for kind, places in groups.items() for i, at in enumerate(places)}
-        if self.attentions is None and is_encoder_decoder(model):
+        if self.attentions is None and self.num_transformer_submodules == 2:
             count = len(groups["self"])
             index = {at: ("self", 2 * i % count) for i, at in enumerate(groups["self"])}
         return Prefixes(prefixes, index, self.attentions is not None)

@@ -30,9 +30,9 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "Model": "FEATURE_EXTRACTION",
 }
-TASKS = sorted(set(_TASKS.values()))
+_NO_HEAD = "FEATURE_EXTRACTION"
+TASKS = sorted({*_TASKS.values(), _NO_HEAD})
 
 
 @dataclass
@@ -55,6 +55,8 @@ class PromptConfig:
     FILE_PREFIX = "base_model."  # of the keys of modules_to_save
     OURS: ClassVar[tuple[str, ...]] = ()  # fields that HF peft doesn't have
     TRAINING: ClassVar[tuple[str, ...]] = ()  # of these, those that don't change what a trained prompt computes
+
+    _has_hf_task: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.modules_to_save, set | tuple):
@@ -88,7 +90,7 @@ class PromptConfig:
         fields = {f.name: f for f in dataclasses.fields(self)}
         held = {name: getattr(self, name) for name in fields}
         ours = {name for name in self.OURS if held[name] != fields[name].default}
-        hf_can = not ours - set(self.TRAINING) and self.task_type is not None
+        hf_can = not ours - set(self.TRAINING) and self._has_hf_task
         kept = {name: copy.deepcopy(value) for name, value in held.items() if name not in set(self.OURS) - ours}
         return {**kept, "peft_type": self.peft_type if hf_can else self.PRIVATE, "inference_mode": True}
 
@@ -100,6 +102,8 @@ class PromptConfig:
             config.task_type = task_of(model)
         if config.num_transformer_submodules is None:
             config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+        # Of encoder-decoder models HF peft lays prefixes out as it does here for this one task only.
+        config._has_hf_task = config.task_type is not None and is_encoder_decoder(model) <= (config.task_type == "SEQ_2_SEQ_LM")
         modules = visible_modules(model, lambda module: isinstance(module, Wrapper))
         whole = select_whole(modules, config)
         for path in whole:
@@ -229,9 +233,9 @@ def task_of(model: nn.Module) -> str | None:
     """HF peft's task type by the model's class; None where it has none for it."""
     for base in type(model).__mro__:
         for ending, task in _TASKS.items():
-            if base.__name__.endswith(ending) and base.__name__ != "PreTrainedModel":
+            if base.__name__.endswith(ending):
                 return task if task != "SEQ_2_SEQ_LM" or is_encoder_decoder(model) else "CAUSAL_LM"
-    return None
+    return _NO_HEAD if type(model).__name__.endswith("Model") else None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import prompt_models as pm
 import pytest
@@ -47,6 +48,24 @@ def test_files_both_ways_with_heads(kind, projection, tmp_path):
         torch.testing.assert_close(pm.logits(peftk.load_adapter(pm.build(kind), tmp_path / folder), inputs), y)
     resumed = peftk.load_adapter(pm.build(kind), tmp_path / "ours", is_trainable=True)
     assert len(peftk.trainable_parameters(resumed)) == len(peftk.trainable_parameters(ours))
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BartModel", "BartForSequenceClassification", "GPT2Model"])
+def test_only_tasks_of_hf_pefts_are_written_for_it(name, tmp_path):
+    """It needs a task to put prompts in place at all, and of encoder-decoder models knows one."""
+    transformers = pytest.importorskip("transformers")
+    config = pm.build("bert" if "Bert" in name else "gpt2" if "GPT2" in name else "bart").config
+    model = getattr(transformers, name)(config).eval()
+    twin = copy.deepcopy(model)
+    head = ["classification_head"] if "Classification" in name else None
+    pm.move(attach(model, PTuningV2Config(num_virtual_tokens=N, modules_to_save=head)))
+    peftk.save_adapter(model, tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"]
+    assert found == ("PREFIX_TUNING" if name == "GPT2Model" else "PEFTK_PREFIX_TUNING")
+    ids = torch.tensor([[5, 6, 2]])
+    peftk.load_adapter(twin, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(twin(input_ids=ids)[0], model(input_ids=ids)[0])
 
 
 def test_tasks_share_a_prefix_and_have_their_own():
