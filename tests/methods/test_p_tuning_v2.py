@@ -83,6 +83,24 @@ def test_tasks_share_a_prefix_and_have_their_own():
     assert not torch.allclose(pm.logits(model, inputs), both, atol=1e-3)
 
 
+@pytest.mark.parametrize("first", ["prefix", "lora"])
+def test_beside_lora_in_either_order(first):
+    """A prefix replaces no module: LoRA's targets are found in the attention that it acts on, before or after."""
+    model, inputs = pm.build("llama"), pm.batch("llama")
+    configs = {"prefix": PTuningV2Config(num_virtual_tokens=N), "lora": peftk.LoraConfig(target_modules=["k_proj", "v_proj"])}
+    for name in (first, *(name for name in configs if name != first)):
+        pm.move(attach(model, configs[name], name), 0.3, seed=len(name))
+    peftk.set_adapter(model, ["lora", "prefix"])
+    both = pm.logits(model, inputs)
+    pm.backward(model, inputs)
+    assert all(p.grad is not None for p in peftk.trainable_parameters(model))
+    peftk.merge(model, "lora")
+    torch.testing.assert_close(pm.logits(model, inputs), both, rtol=1e-4, atol=1e-4)
+    peftk.unmerge(model)
+    peftk.delete_adapter(model, "prefix")
+    assert not torch.allclose(pm.logits(model, inputs), both, atol=1e-2) and "lora" in model._peftk_adapters.active
+
+
 def test_it_learns_what_the_frozen_base_cannot():
     """Labels by a token's presence: the loss falls far below chance within a few steps, the base's bytes stay."""
     model = tuned("bert")
