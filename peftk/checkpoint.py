@@ -1,7 +1,8 @@
 """Adapters to disk and back, in HF peft's files: adapter_config.json and adapter_model.safetensors.
 
-Keys are HF peft's: ``base_model.model.<path>.lora_A.weight`` and so on, without the adapter's name. Where an input embedding or
-an output head is adapted, its own weight is in the file too, since a model's vocabulary may have been resized for the adapter.
+Keys are HF peft's: ``base_model.model.<path>.lora_A.weight`` and so on, without the adapter's name; ``prompt_embeddings`` for
+what a prompt's encoder makes. Where an input embedding or an output head is adapted, its own weight is in the file too, since a
+model's vocabulary may have been resized for the adapter. A prompt's encoder, which only training needs, has a file of its own.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftk.atomic import carry_over, write_folder
-from peftk.methods.adapter import AdapterLayer
+from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
 from peftk.methods.lora import LoraConfig
+from peftk.methods.p_tuning import PTuningConfig
+from peftk.methods.prefix_tuning import PrefixTuningConfig
+from peftk.methods.prompt_tuning import PromptTuningConfig
 
 logger = logging.getLogger("peftk")
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ENCODER = "peftk_encoder.safetensors"
 PREFIX = "base_model.model."
-CONFIGS = {config.peft_type: config for config in (LoraConfig,)}
+PROMPTS = (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)
+CONFIGS = {config.peft_type: config for config in (LoraConfig, *PROMPTS)} | {config.PRIVATE: config for config in PROMPTS}
 # Names that torch.compile and FSDP put into paths; files never have them.
 _TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 
@@ -38,11 +44,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     if adapter_name not in state.configs:
         raise ValueError(f"adapter_name: no adapter called {adapter_name!r}; attached are {', '.join(state.configs)}")
     tensors = adapter_tensors(model, adapter_name) | _vocabulary_tensors(model, adapter_name)
-    tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    encoder = _encoder_tensors(model, adapter_name)
     with write_folder(folder) as new:
-        carry_over(folder, new, without=(CONFIG, TENSORS, OLD_TENSORS))
-        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
-        (new / TENSORS).chmod(new.stat().st_mode & 0o666)
+        carry_over(folder, new, without=(CONFIG, TENSORS, OLD_TENSORS, ENCODER))
+        for name, content in ((TENSORS, tensors), (ENCODER, encoder)):
+            if content or name == TENSORS:
+                content = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in content.items()}
+                save_file(content, new / name, metadata={"format": "pt"})
+                (new / name).chmod(new.stat().st_mode & 0o666)
         (new / CONFIG).write_text(json.dumps(state.configs[adapter_name].to_dict(), indent=2, sort_keys=True) + "\n")
     return Path(folder)
 
@@ -54,6 +63,9 @@ def load_adapter(
 
     Strict: missing and unexpected keys and other shapes are a ValueError that names the file and lists them; so is a config that
     asks for what is not supported. The model is then as before. FileNotFoundError names a file that isn't there.
+
+    A prompt's encoder comes back with ``is_trainable`` and the file that has it, so that training goes on exactly; otherwise the
+    prompt is a plain tensor, also in training, which HF peft's files of encoders leave no choice about.
     """
     check_new_name(model, adapter_name)
     folder = Path(folder)
@@ -67,6 +79,7 @@ def load_adapter(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
+        _load_encoders(model, adapter_name, folder / ENCODER, is_trainable)
         _fill(model, adapter_name, tensors, path)
     except BaseException:
         delete_adapter(model, adapter_name)
@@ -80,12 +93,30 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tens
     """The adapter's own tensors under the file's keys."""
     state = attached(model)
     tensors: dict[str, torch.Tensor] = {}
+    beside: dict[str, torch.Tensor] = {}
     for path, wrapper in wrappers(model):
         if adapter_name in wrapper.adapter_names():
-            tensors |= {f"{path}.{key}": value for key, value in wrapper.adapter_tensors(adapter_name).items()}
+            made = wrapper.adapter_tensors(adapter_name)
+            if isinstance(wrapper, Beside):
+                beside |= made
+            else:
+                tensors |= {f"{path}.{key}": value for key, value in made.items()}
     if state.biases is not None and state.biases.owner == adapter_name:
         tensors |= state.biases.tensors(model)
-    return {_file_key(key): value for key, value in tensors.items()}
+    return {_file_key(key, _prefix(model, adapter_name)): value for key, value in tensors.items()} | beside
+
+
+def _beside(model: nn.Module, adapter_name: str) -> list[Beside]:
+    return [wrapper for _, wrapper in wrappers(model, Beside) if adapter_name in wrapper.adapter_names()]
+
+
+def _encoder_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """What makes the adapter's prompt in training; empty for plain tensors."""
+    return {k: v for wrapper in _beside(model, adapter_name) for k, v in wrapper.encoder_tensors(adapter_name).items()}
+
+
+def _prefix(model: nn.Module, adapter_name: str) -> str:
+    return getattr(attached(model).configs[adapter_name], "FILE_PREFIX", PREFIX)
 
 
 def _vocabulary_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -100,8 +131,8 @@ def _vocabulary_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.
     return found
 
 
-def _file_key(key: str) -> str:
-    return PREFIX + _TRANSPARENT.sub("", key)
+def _file_key(key: str, prefix: str = PREFIX) -> str:
+    return prefix + _TRANSPARENT.sub("", key)
 
 
 def _read_config(path: Path) -> Any:
@@ -132,31 +163,66 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy the file's tensors into the adapter; ValueError, before any is copied, unless keys and shapes are just the same."""
-    tensors = {_file_key(key.removeprefix(PREFIX)): value for key, value in tensors.items() if not _is_leftover(key)}
-    ours = adapter_tensors(model, adapter_name)
-    vocabulary = {key: value for key, value in _vocabulary_tensors(model, adapter_name).items() if key in tensors}
-    ours |= vocabulary
+def _load_encoders(model: nn.Module, adapter_name: str, path: Path, is_trainable: bool) -> None:
+    """Fill the encoders from their file, or drop them where it isn't there or nothing is to be trained."""
+    ours = _encoder_tensors(model, adapter_name)
+    if not ours:
+        return
+    if not is_trainable or not path.is_file():
+        if is_trainable:
+            logger.warning("%s: no such file; the prompt is trained as a plain tensor, without its encoder", path)
+        for wrapper in _beside(model, adapter_name):
+            wrapper.drop_encoder(adapter_name)
+        return
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+    _check_same(path, "the encoder's tensors", ours, tensors)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            ours[key].copy_(value)
+
+
+def _check_same(path: Path, what: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """ValueError unless keys and shapes are just the same."""
     shapes = [
-        f"{key}: expected {tuple(ours[key].shape)}, got {tuple(tensors[key].shape)}"
-        for key in sorted(set(ours) & set(tensors))
-        if ours[key].shape != tensors[key].shape
+        f"{key}: expected {tuple(ours[key].shape)}, got {tuple(theirs[key].shape)}"
+        for key in sorted(set(ours) & set(theirs))
+        if ours[key].shape != theirs[key].shape
     ]
     problems = {
-        "missing keys": sorted(set(ours) - set(tensors)),
-        "unexpected keys": sorted(set(tensors) - set(ours)),
+        "missing keys": sorted(set(ours) - set(theirs)),
+        "unexpected keys": sorted(set(theirs) - set(ours)),
         "other shapes": shapes,
     }
     if any(problems.values()):
         told = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
-        raise ValueError(f"{path}: expected the adapter's tensors, got {told}")
+        raise ValueError(f"{path}: expected {what}, got {told}")
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy the file's tensors into the adapter; ValueError, before any is copied, unless keys and shapes are just the same."""
+    prefix = _prefix(model, adapter_name)
+    beside = {key: wrapper for wrapper in _beside(model, adapter_name) for key in wrapper.adapter_tensors(adapter_name)}
+    tensors = {
+        key if key in beside else _file_key(key.removeprefix(prefix), prefix): value
+        for key, value in tensors.items()
+        if not _is_leftover(key)
+    }
+    ours = adapter_tensors(model, adapter_name)
+    vocabulary = {key: value for key, value in _vocabulary_tensors(model, adapter_name).items() if key in tensors}
+    ours |= vocabulary
+    _check_same(path, "the adapter's tensors", ours, tensors)
     for key, value in vocabulary.items():
         if not torch.equal(value, tensors[key].to(value.device, value.dtype)):
             logger.warning("%s: %s differs from the model's; the model takes the file's, for all its adapters", path, key)
     for key, value in tensors.items():
-        ours[key].copy_(value)
+        if key not in beside:
+            ours[key].copy_(value)
+    for wrapper in dict.fromkeys(beside.values()):
+        wrapper.load_tensors(adapter_name, {key: tensors[key] for key, owner in beside.items() if owner is wrapper}, path)
 
 
 def _is_leftover(key: str) -> bool:

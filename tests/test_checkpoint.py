@@ -14,7 +14,7 @@ from torch import nn
 import peftk
 from peftk import LoraConfig, attach, load_adapter, save_adapter
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "peftk_encoder.safetensors"
 CASES = {
     "linear": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "all-linear": ("llama", {"target_modules": "all-linear"}),
@@ -174,6 +174,49 @@ def test_a_save_that_dies_leaves_the_old_adapter(saved, monkeypatch):
         assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
         assert [p.name for p in saved.parent.iterdir()] == [saved.name]
     assert safetensors_torch.save_file is peftk.checkpoint.save_file
+
+
+PROMPT = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
+
+
+def test_a_prompts_files_are_strict_too(tmp_path):
+    save_adapter(attach(tiny.gpt2(), peftk.PTuningConfig(**PROMPT)), tmp_path / "a")
+    tensors, encoder = load_file(tmp_path / "a" / TENSORS), load_file(tmp_path / "a" / ENCODER)
+    corrupted = [
+        (TENSORS, {}, "missing keys: prompt_embeddings"),
+        (TENSORS, {**tensors, "ghost": torch.zeros(1)}, "unexpected keys: .*ghost"),
+        (
+            TENSORS,
+            {"prompt_embeddings": torch.zeros(2, 32)},
+            r"other shapes: prompt_embeddings: .*\(3, 32\), got \(2, 32\)",
+        ),
+        (ENCODER, {**encoder, "ghost": torch.zeros(1)}, "unexpected keys: ghost"),
+        (ENCODER, {k: v for k, v in encoder.items() if k != "embedding.weight"}, "missing keys: embedding.weight"),
+    ]
+    for name, content, message in corrupted:
+        save_file(tensors, tmp_path / "a" / TENSORS)
+        save_file(encoder, tmp_path / "a" / ENCODER)
+        save_file(content, tmp_path / "a" / name)
+        model = attach(tiny.gpt2(), LoraConfig(target_modules=["c_attn"]), "before")
+        state = tiny.state_of(model)
+        with pytest.raises(ValueError, match=message) as error:
+            load_adapter(model, tmp_path / "a", is_trainable=True)
+        assert str(tmp_path / "a" / name) in str(error.value)
+        tiny.assert_same_state(state, tiny.state_of(model))
+    (tmp_path / "a" / CONFIG).write_text(json.dumps({"peft_type": "P_TUNING", "num_virtual_tokens": 3, "rank": 4}))
+    with pytest.raises(ValueError, match="expected a P_TUNING without rank=4"):
+        load_adapter(tiny.gpt2(), tmp_path / "a")
+    save_adapter(attach(tiny.llama(), peftk.PrefixTuningConfig(**PROMPT)), tmp_path / "b")
+    with pytest.raises(ValueError, match=f"{CONFIG}: token_dim: expected 32, as the model has it, got 16"):
+        load_adapter(tiny.llama(num_key_value_heads=4), tmp_path / "b")
+
+
+def test_no_encoder_of_another_prompt_stays_in_the_folder(tmp_path):
+    save_adapter(attach(tiny.gpt2(), peftk.PTuningConfig(**PROMPT)), tmp_path / "a")
+    assert (tmp_path / "a" / ENCODER).is_file()
+    save_adapter(attach(tiny.gpt2(), peftk.PromptTuningConfig(num_virtual_tokens=3)), tmp_path / "a")
+    assert not (tmp_path / "a" / ENCODER).exists()
+    load_adapter(tiny.gpt2(), tmp_path / "a", is_trainable=True)
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -11,16 +11,29 @@ from peftk.methods.attach import (
     unmerge,
 )
 from peftk.methods.lora import LoraConfig
+from peftk.methods.p_tuning import PTuningConfig
+from peftk.methods.p_tuning_v2 import PTuningV2Config
+from peftk.methods.prefix_tuning import PrefixTuningConfig
+from peftk.methods.prompt_tuning import PromptTuningConfig
+from peftk.methods.prompts import drop_encoder
 from peftk.methods.qlora import qlora, qlora_config
 from peftk.methods.report import report
+from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
 __all__ = [
     "LoraConfig",
+    "PTuningConfig",
+    "PTuningV2Config",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "adapters_per_row",
     "attach",
     "delete_adapter",
     "detach",
     "disable_adapters",
+    "drop_encoder",
     "merge",
+    "prompt_ensemble",
     "qlora",
     "qlora_config",
     "report",

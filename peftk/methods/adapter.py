@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+BASE = "__base__"  # instead of a name: no adapter
+
 # nn.Module's tables of forward and backward hooks.
 _HOOKS = (
     "_forward_hooks",
@@ -31,7 +33,9 @@ def check_adapter_name(name: str) -> None:
 
 
 class Wrapper(nn.Module):
-    """Stands in a model where another module stood, and knows several adapters by name."""
+    """Stands in a model where another module stood, or beside the others, and knows several adapters by name."""
+
+    can_merge = True  # whether an adapter can become part of the weights
 
     def __init__(self, original: nn.Module):
         super().__init__()
@@ -39,6 +43,7 @@ class Wrapper(nn.Module):
         self.active: list[str] = []
         self.merged: list[str] = []
         self.disabled = False
+        self.rows: list[str] | None = None  # a name a row of the batch, BASE for none; None: the active ones for all rows
         self.training = original.training
 
     def adapter_names(self) -> list[str]:
@@ -57,14 +62,43 @@ class Wrapper(nn.Module):
         """Drop an adapter's parameters."""
         raise NotImplementedError
 
-    def original(self) -> nn.Module:
-        """The module that stood here, with the weights as they are now: those of a merged adapter stay in."""
+    def original(self) -> nn.Module | None:
+        """The module that stood here, with the weights as they are now: those of a merged adapter stay in. None: nothing did."""
         raise NotImplementedError
+
+    def leave(self) -> None:
+        """Undo what the wrapper did beside standing here."""
+
+    def check_active(self, names: list[str]) -> None:
+        """ValueError where ``names`` can't be used together."""
 
     def set_active(self, names: Iterable[str]) -> None:
         """Those of ``names`` that this module has, in their order, are used from now on."""
         have = self.adapter_names()
         self.active = [name for name in names if name in have]
+
+    def by_row(self) -> list[tuple[str, ...]]:
+        """The adapters that this module uses now: one entry for all rows of a batch, or one a row."""
+        if self.disabled:
+            return [()]
+        if self.rows is None:
+            return [tuple(self.active)]
+        have = self.adapter_names()
+        return [(name,) if name in have else () for name in self.rows]
+
+    def spread(self, values: list, batch: int) -> list:
+        """Of what ``by_row`` has one a row of the batch, which beams and samples make some times longer. ValueError for a batch
+        that isn't."""
+        if batch % len(values):
+            raise ValueError(f"names: expected a batch of {len(values)} rows or a multiple of it, got {batch}")
+        return [value for value in values for _ in range(batch // len(values))]
+
+    def rows_of(self, batch: int, device: torch.device) -> dict[tuple[str, ...], torch.Tensor]:
+        """By adapters, indices of the rows that use them."""
+        by_row = self.spread(self.by_row(), batch)
+        return {
+            names: torch.tensor([r for r, n in enumerate(by_row) if n == names], device=device) for names in dict.fromkeys(by_row)
+        }
 
 
 class AdapterLayer(Wrapper):
@@ -170,7 +204,8 @@ class ModuleToSave(Wrapper):
 
     def add_adapter(self, name: str) -> None:
         """A trainable copy of the original."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True).train(self.training)
+        made = copy.deepcopy(self.original_module, {id(owner): owner for owner in _owners_of_hooks(self.original_module)})
+        self.modules_to_save[name] = made.requires_grad_(True).train(self.training)
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return list(self.modules_to_save[name].parameters())
@@ -190,7 +225,15 @@ class ModuleToSave(Wrapper):
         return self.original_module if self.disabled or not names else self.modules_to_save[names[-1]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is not None and not self.disabled:
+            return self._forward_rows(*args, **kwargs)
         return self.current()(*args, **kwargs)
+
+    def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Each row by its own copy: (batch, ...) -> (batch, ...)."""
+        index = self.rows_of(x.shape[0], x.device)
+        parts = [(self.modules_to_save[names[0]] if names else self.original_module)(x[rows]) for names, rows in index.items()]
+        return torch.cat(parts)[torch.cat(list(index.values())).argsort()]
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper itself lacks (weight, out_features, …) is the current module's."""
@@ -202,10 +245,98 @@ class ModuleToSave(Wrapper):
             return getattr(self.current(), name)
 
 
-def swap_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` wherever ``module`` stands below ``model``: at every place of one that stands at several."""
+def _owners_of_hooks(module: nn.Module) -> list[nn.Module]:
+    """What stands beside the model and acts through this module's hooks: a copy of the module goes on with the same."""
+    tables = [table for part in module.modules() for table in (part._forward_hooks, part._forward_pre_hooks)]
+    hooks = [hook for table in tables for hook in table.values()]
+    owners = [getattr(getattr(hook, "func", hook), "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Beside)]
+
+
+class Beside(Wrapper):
+    """Acts on a whole model through hooks on its modules, none of which is replaced; the submodule ``NAME`` of the model.
+
+    ``prompt_embeddings[name]`` makes an adapter's tensor or tensors: a plain Parameter, or an encoder that is trained for it.
+    """
+
+    NAME = ""
+    can_merge = False
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.prompt_embeddings = nn.ModuleDict()
+        self._handles: list[Any] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Beside | None:
+        """The model's, None where it has none. ValueError where the name is taken by something else."""
+        found = getattr(model, cls.NAME, None)
+        if found is not None and not isinstance(found, cls):
+            raise ValueError(f"model: expected one without an attribute {cls.NAME}, peftk's own, got a {type(found).__name__}")
+        return found
+
+    def stand(self, model: nn.Module) -> None:
+        """Take the place in the model."""
+        model.add_module(self.NAME, self)
+
+    def add(self, name: str, encoder: nn.Module, config: Any) -> None:
+        """A new adapter."""
+        self.prompt_embeddings[name] = encoder
+
+    def adapter_names(self) -> list[str]:
+        return list(self.prompt_embeddings)
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        return list(self.prompt_embeddings[name].parameters())
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What the encoder makes, which is what inference needs."""
+        return self.prompt_embeddings[name].flat()
+
+    def load_tensors(self, name: str, tensors: dict[str, torch.Tensor], source: Any) -> None:
+        """Take a file's tensors, keyed as ``adapter_tensors`` are. An encoder can't: ValueError where it makes others than these,
+        as its own file is older or newer then."""
+        encoder = self.prompt_embeddings[name]
+        if encoder.is_plain:
+            encoder.load_flat(tensors)
+            return
+        for key, made in encoder.flat().items():
+            if not torch.allclose(made.cpu(), tensors[key].to(made.dtype).cpu(), rtol=1e-3, atol=1e-5):
+                raise ValueError(
+                    f"{source}: {key}: expected what the encoder makes, got other values; is the encoder's file older?"
+                )
+
+    def encoder_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The encoder's own tensors, which only training needs; empty for plain Parameters."""
+        encoder = self.prompt_embeddings[name]
+        return {} if encoder.is_plain else encoder.state_dict(keep_vars=True)
+
+    def drop_encoder(self, name: str) -> None:
+        """What the encoder makes becomes a plain Parameter; nothing for one that is plain already."""
+        encoder = self.prompt_embeddings[name]
+        if not encoder.is_plain:
+            wanted = encoder.requires_grad_of_parameters()
+            self.prompt_embeddings[name] = encoder.plain().requires_grad_(wanted)
+
+    def delete_adapter(self, name: str) -> None:
+        del self.prompt_embeddings[name]
+
+    def original(self) -> None:
+        return None
+
+    def leave(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def swap_modules(model: nn.Module, new: dict[nn.Module, nn.Module | None]) -> None:
+    """Put ``new[module]`` wherever ``module`` stands below ``model``: at every place of one that stands at several. None: take
+    it out."""
     by_id = {id(old): module for old, module in new.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if id(child) in by_id:
+            if id(child) in by_id and by_id[id(child)] is None:
+                delattr(parent, name)
+            elif id(child) in by_id:
                 setattr(parent, name, by_id[id(child)])

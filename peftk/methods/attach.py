@@ -94,7 +94,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Use these adapters from now on, added up where there are several; only they are trained, and of these not the ones loaded
     with ``is_trainable=False``. ValueError for unknown names."""
     state = attached(model)
-    state.active = _known(state, names, "names")
+    names = known(state, names, "names")
+    for _, wrapper in wrappers(model):
+        wrapper.check_active(names)
+    state.active = names
     model.requires_grad_(False)
     for _, wrapper in wrappers(model):
         for name in state.active:
@@ -141,7 +144,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Drop one adapter; where it was the last one in a place, the original module returns. ValueError for an unknown name,
     RuntimeError for one that is merged."""
     state = attached(model)
-    _known(state, name, "name")
+    known(state, name, "name")
     if name in state.merged:
         raise RuntimeError(f"name: expected an adapter that isn't merged, got {name!r}; unmerge first")
     if len(state.configs) == 1:
@@ -153,7 +156,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for _, wrapper in wrappers(model):
         if name in wrapper.adapter_names():
             wrapper.delete_adapter(name)
-    swap_modules(model, {w: w.original() for _, w in wrappers(model) if not w.adapter_names()})
+    _take_out(model, [wrapper for _, wrapper in wrappers(model) if not wrapper.adapter_names()])
     del state.configs[name], state.trainable[name]
     set_adapter(model, [n for n in state.active if n != name])
 
@@ -165,11 +168,17 @@ def detach(model: nn.Module) -> nn.Module:
     state = attached(model)
     if state.biases is not None:
         state.biases.use(model, state.biases.owner in state.merged)
-    swap_modules(model, {wrapper: wrapper.original() for _, wrapper in wrappers(model)})
+    _take_out(model, [wrapper for _, wrapper in wrappers(model)])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.required_grad)
     del model.__dict__[_STATE]
     return model
+
+
+def _take_out(model: nn.Module, gone: list[Wrapper]) -> None:
+    for wrapper in gone:
+        wrapper.leave()
+    swap_modules(model, {wrapper: wrapper.original() for wrapper in gone})
 
 
 def merge(
@@ -178,15 +187,17 @@ def merge(
     """Add adapters (the active ones if None) to the weights: all of them in fp32, then one rounding or quantisation a layer.
     Returns the model, which then runs at the base's cost.
 
+    ValueError for prompts and prefixes: no weight can hold them.
     ``safe``: every layer is checked for NaN and Inf before any is changed; ValueError names the layer. ``keep_original``: the
     original bytes are kept, so that ``unmerge`` is exact. A weight that is tied to another module's is untied, with a warning.
     """
     state = attached(model)
     before = list(state.merged)
-    names = _known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
+    names = known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
     new = [name for name in names if name not in before]
     if not new:
         return model
+    _check_can_merge(model, new)
     if before and state.kept_original:
         unmerge(model)
         try:
@@ -235,11 +246,21 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _known(state: Attached, names: str | Iterable[str], argument: str) -> list[str]:
+def known(state: Attached, names: str | Iterable[str], argument: str) -> list[str]:
+    """The names as a list. ValueError, naming the argument, for those that aren't attached."""
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if unknown := [repr(name) for name in names if name not in state.configs]:
         raise ValueError(f"{argument}: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
     return names
+
+
+def _check_can_merge(model: nn.Module, names: list[str]) -> None:
+    for _, wrapper in wrappers(model):
+        if kept := [name for name in names if not wrapper.can_merge and name in wrapper.adapter_names()]:
+            raise ValueError(
+                f"adapter_names: expected adapters of weights, got {', '.join(kept)}, which adds to the inputs or the keys and "
+                "values: no weight can hold it; nothing was merged"
+            )
 
 
 def _check_finite(path: str, layer: AdapterLayer, names: list[str]) -> None:

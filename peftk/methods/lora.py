@@ -17,9 +17,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, swap_modules
-from peftk.methods.targets import ALL_LINEAR, pattern_value, select, select_whole, short_names, visible_modules
-from peftk.nn import DenseConv1D, NF4Linear, base_layer, is_adaptable
+from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
+from peftk.methods.targets import (
+    ALL_LINEAR,
+    check_can_be_saved_whole,
+    pattern_value,
+    put_in_place,
+    select,
+    select_whole,
+    short_names,
+    visible_modules,
+)
+from peftk.nn import DenseConv1D, base_layer, is_adaptable
 from peftk.nn.dense_linear import add_low_rank
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
@@ -107,8 +116,8 @@ class LoraConfig:
         paths = select(model, self, _is_supported, _is_wrapper)
         whole = select_whole(modules, self)
         for path in whole:
-            _check_can_be_saved_whole(path, modules[path])
-        _put_in_place(model, {modules[p]: AdapterLayer for p in paths} | {modules[p]: ModuleToSave for p in whole})
+            check_can_be_saved_whole(path, modules[path])
+        put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
             rank = pattern_value(self.rank_pattern, path, self.r)
             alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
@@ -165,26 +174,6 @@ def _is_supported(module: nn.Module) -> bool:
     return isinstance(module, LoraLinear | LoraEmbedding) or is_adaptable(module) or type(module) is nn.Embedding or is_scaled
 
 
-def _check_can_be_saved_whole(path: str, module: nn.Module) -> None:
-    for below, part in () if isinstance(module, ModuleToSave) else module.named_modules():
-        where = f"{path}.{below}".rstrip(".")
-        if isinstance(part, Wrapper):
-            raise ValueError(f"modules_to_save: {path} can't be trained whole, another adapter stands on {where}")
-        if isinstance(part, NF4Linear):
-            raise ValueError(
-                f"modules_to_save: expected dense weights, {where} is in 4 bits; quantize_model(skip=...) leaves it out"
-            )
-
-
-def _put_in_place(model: nn.Module, wanted: dict[nn.Module, type[Wrapper]]) -> None:
-    """Wrap what is no wrapper yet."""
-    new: dict[nn.Module, nn.Module] = {}
-    for module, kind in wanted.items():
-        if not isinstance(module, Wrapper):
-            new[module] = ModuleToSave(module) if kind is ModuleToSave else wrap(module)
-    swap_modules(model, new)
-
-
 def wrap(module: nn.Module) -> AdapterLayer:
     """The LoRA layer for a linear layer or an embedding."""
     return LoraEmbedding(module) if isinstance(module, nn.Embedding) else LoraLinear(module)
@@ -233,6 +222,8 @@ class LoraLinear(AdapterLayer):
         return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rows is not None:
+            return self._forward_rows(x)
         names = self.running()
         if not names:
             return self.base_layer.forward(x)
@@ -240,6 +231,14 @@ class LoraLinear(AdapterLayer):
         y = self.base_layer.forward_low_rank(x, *first[:3], dropout=first[3])
         for A, B, scale, dropout in others:
             y = add_low_rank(y, x, A, B, scale, None, dropout, None)
+        return y
+
+    def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer.forward(x)
+        for names, rows in self.rows_of(x.shape[0], x.device).items():
+            for n in names:
+                factors = self.lora_A[n], self.lora_B[n], self.scaling[n]
+                y = y.index_copy(0, rows, add_low_rank(y[rows], x[rows], *factors, None, self._dropout(n), None))
         return y
 
     def _dropout(self, name: str) -> float:
@@ -289,11 +288,19 @@ class LoraEmbedding(AdapterLayer):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = self.base_layer.forward(ids)
-        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
-        for name in self.running():
-            rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
-            y = y + (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(y.dtype)
+        if self.rows is None:
+            for name in self.running():
+                y = y + self._branch(name, ids, y.dtype)
+            return y
+        for names, rows in self.rows_of(ids.shape[0], ids.device).items():
+            for name in names:
+                y = y.index_add(0, rows, self._branch(name, ids[rows], y.dtype))
         return y
+
+    def _branch(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
+        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
+        return (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(dtype)
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:

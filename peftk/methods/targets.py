@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from peftk.methods.adapter import ModuleToSave, Wrapper, swap_modules
+from peftk.nn import NF4Linear
+
 # Query and value projections, as LoRA's paper has them (Hu et al. 2021, section 7.1), under each architecture's own names.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -120,6 +123,23 @@ def select_whole(modules: dict[str, nn.Module], config: Any) -> list[str]:
             have = sorted({path.rpartition(".")[2] for path in modules})
             raise ValueError(f"modules_to_save: expected names of modules, got {name!r}; there are {', '.join(have)}")
     return [path for path in modules if names_match(path, [*given, *heads])]
+
+
+def check_can_be_saved_whole(path: str, module: nn.Module) -> None:
+    """ValueError where another adapter, or a weight in 4 bits, stands in a module that is to be trained whole."""
+    for below, part in () if isinstance(module, ModuleToSave) else module.named_modules():
+        where = f"{path}.{below}".rstrip(".")
+        if isinstance(part, Wrapper):
+            raise ValueError(f"modules_to_save: {path} can't be trained whole, another adapter stands on {where}")
+        if isinstance(part, NF4Linear):
+            raise ValueError(
+                f"modules_to_save: expected dense weights, {where} is in 4 bits; quantize_model(skip=...) leaves it out"
+            )
+
+
+def put_in_place(model: nn.Module, wanted: dict[nn.Module, Callable[[nn.Module], Wrapper]]) -> None:
+    """Wrap what is no wrapper yet, each module by its function."""
+    swap_modules(model, {module: wrap(module) for module, wrap in wanted.items() if not isinstance(module, Wrapper)})
 
 
 def visible_modules(model: nn.Module, is_ours: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:

@@ -1,0 +1,14 @@
+"""Tiny models: a second thread only waits for the first, and on a busy machine both wait for their turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
