@@ -1,4 +1,4 @@
-"""Words for Triton kernels; they know no op. Only triton_kernel.py files import this: Triton need not be there otherwise."""
+"""Words for Triton kernels; they know no op. Only triton_*.py files import this: Triton need not be there otherwise."""
 
 from __future__ import annotations
 

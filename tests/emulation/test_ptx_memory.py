@@ -91,6 +91,19 @@ def test_parameters_by_register_and_in_structs():
     np.testing.assert_array_equal(y, [100, 101, 102])
 
 
+def test_a_parameter_by_its_address_in_32_bits():
+    """As LLVM has it for a choice between two parameters."""
+    text = (
+        f"{HEAD}.visible .entry k(.param .u64 .ptr .global .align 16 k_param_0, .param .u32 k_param_1, .param .u32 k_param_2)\n"
+        "{ .reg .pred %p<3>; .reg .b32 %r<9>; .reg .b64 %rd<9>; ld.param.u64 %rd1, [k_param_0]; mov.u32 %r1, %tid.x;"
+        "setp.eq.s32 %p1, %r1, 1; mov.b32 %r2, k_param_1; mov.b32 %r3, k_param_2; selp.b32 %r4, %r3, %r2, %p1;"
+        "ld.param.b32 %r5, [%r4]; mad.wide.u32 %rd1, %r1, 4, %rd1; st.global.u32 [%rd1], %r5; ret; }"
+    )
+    y = np.zeros(3, np.int32)
+    run(Program(text), "k", (1, 1, 1), (3, 1, 1), [y, struct.pack("<i", 5), struct.pack("<i", 7)])
+    np.testing.assert_array_equal(y, [5, 7, 5])
+
+
 # ---- cp.async -----------------------------------------------------------------------------------------------------------------
 
 COPY_HEAD = (

@@ -39,8 +39,8 @@ def _kept(token, first_column, k, drop_below, seed_low, seed_high, COLUMNS: tl.c
         counter = (token[:, None] * k + first_column) // 4 + tl.arange(0, COLUMNS // 4)[None, :]
         zero = tl.zeros(counter.shape, tl.uint32)
         w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, 10)
-        even, odd = tl.join(w0 >= drop_below, w2 >= drop_below), tl.join(w1 >= drop_below, w3 >= drop_below)
-        return tl.reshape(tl.join(even, odd), (token.shape[0], COLUMNS))
+        even, odd = tl.join(w0, w2), tl.join(w1, w3)
+        return tl.reshape(tl.join(even, odd), (token.shape[0], COLUMNS)) >= drop_below
     else:
         return keeps(token[:, None] * k + first_column + tl.arange(0, COLUMNS)[None, :], drop_below, seed)
 

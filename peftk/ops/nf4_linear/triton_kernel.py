@@ -50,7 +50,7 @@ TILES = {
 # What is above spills there: scalar registers with 4 wavefronts (gfx942), vector ones with a depth of 64 (gfx1100).
 AMD_TILES = {**{tokens: Tile(tokens, 128, 64, 8, 3) for tokens in (16, 32, 64)}, 128: Tile(128, 128, 32, 8, 3)}
 # Products without tensor cores (fp32, Turing) hold both operands of a round in registers; odd shapes.
-SIMPLE_TILES = {16: Tile(16, 64, 16, 4, 2), 64: Tile(64, 64, 16, 8, 2)}
+SIMPLE_TILES = {16: Tile(16, 64, 16, 4, 2), 64: Tile(64, 64, 16, 8, 3)}
 
 
 def tile_for(model: gpu.GpuModel, regime: str, tokens: int) -> Tile:
