@@ -26,7 +26,9 @@ ON_GPU = {"cuda.py": ("cuda", "cuda-host", "cuda-ptx"), "triton_kernel.py": ("tr
 def pytest_generate_tests(metafunc: pytest.Metafunc):
     """A test with ``implementation`` runs once for each that its op (tests/ops/test_<op>.py, test_<op>_many.py) has."""
     if "implementation" in metafunc.fixturenames:
-        room = Path(peftk.__file__).parent / "ops" / Path(metafunc.module.__file__).stem.removeprefix("test_").removesuffix("_many")
+        room = (
+            Path(peftk.__file__).parent / "ops" / Path(metafunc.module.__file__).stem.removeprefix("test_").removesuffix("_many")
+        )
         names = [name for file, names in ON_GPU.items() if (room / file).exists() for name in names]
         marked = [pytest.param(name, marks=pytest.mark.gpu) if name in ("cuda", "triton") else name for name in names]
         metafunc.parametrize("implementation", [*EVERYWHERE, *marked], indirect=True)
