@@ -94,7 +94,7 @@ struct Weights {
                                 : scale_of<false>(weight.scales, block, offset, value8);
   }
 
-  // Elements [first, first + kWord), of which `count` are wanted.
+  // Elements [first, first + kWord) of W; behind the first `count` of them, numbers made of the same scales.
   __device__ __forceinline__ void load(std::uint64_t first, int count, float (&values)[kWord]) const {
     const std::uint32_t codes = codes_at<kAligned>(weight.packed, first, count);
     const float here = scale(first >> weight.log_block);
@@ -110,7 +110,7 @@ struct Weights {
 #pragma unroll
     for (int i = 0; i < kWord; i++) {
       const float value = tables.value4[(codes >> (28 - 4 * i) & 15) | weight.quant_type << 4];
-      values[i] = kAligned || i < count ? __fmul_rn(value, i < until ? here : next) : 0.0f;
+      values[i] = __fmul_rn(value, i < until ? here : next);
     }
   }
 };
@@ -124,7 +124,8 @@ __device__ __forceinline__ void store_four(float* to, const float* values) {
   *reinterpret_cast<float4*>(to) = {values[0], values[1], values[2], values[3]};
 }
 
-// The tile's columns by depth [first, first + kDepth) of W; zeros outside, so that what is not there spoils nothing.
+// The tile's columns by depth [first, first + kDepth) of W; zeros where W has no such row. Behind a row's end lies something
+// finite unless the row is spoiled itself: zeros of x meet it (Over::kColumns), or nobody stores it.
 template <Over over, int kRows, bool kAligned>
 __device__ __forceinline__ void stage_weights(Step<kRows>& step, const Weights<kAligned>& w, const Tile& tile,
                                               std::int64_t first) {
