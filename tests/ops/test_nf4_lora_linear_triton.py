@@ -154,6 +154,16 @@ def test_a_list_is_its_single_calls_bit_for_bit():
             assert torch.equal(one.out, other.out)
 
 
+@pytest.mark.parametrize("runs", [1, 32])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_long_sums(dtype, runs, monkeypatch):
+    """Thousands of terms, more of one sign."""
+    monkeypatch.setattr(triton_thin, "MOST_RUNS", runs)
+    wide = (torch.randn(16, 2048) + 1).to(dtype)
+    check(shrunk(wide, matrix(16, 2048, dtype).t()))
+    check(outered(matrix(2048, 8, dtype), wide.view(2048, 16), dtype=FP32))
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_no_rows(dtype):
     """S is empty, and gradients are zero."""
