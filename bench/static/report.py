@@ -39,13 +39,14 @@ def main(ops: Sequence[str], record: bool) -> None:
     if unknown := [op for op in ops if op not in ours | theirs]:
         known = ", ".join(sorted(ours | theirs))
         raise SystemExit(f"--static: expected ops with GPU kernels, some of {known}, got {', '.join(unknown)}")
-    rows = everything(list(ops) or sorted(ours))
+    chosen = list(ops) or sorted(ours)
+    rows = everything(chosen)
     print(aligned([HEADER, *map(cells, rows)]), end="\n\n")
     print(f"Least microseconds for {predict.SIZE} x {predict.SIZE} elements and what binds: {predict.MARK}")
     print(aligned(predict.table(rows)), end="\n\n")
     print(FOOTNOTE)
     if record:
-        write(rows, RESULTS)
+        write(rows, RESULTS, [] if not ops else kept(RESULTS, chosen))
     if missed := [row for row in rows if row.misses and row.backend != peers.PACKAGE]:
         raise SystemExit("\n".join(f"gate missed: {row.kernel} for {row.target}: {row.met}" for row in missed))
 
@@ -99,13 +100,21 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
-    """The whole file anew."""
+def kept(path: Path, ops: Sequence[str]) -> list[list[str]]:
+    """The file's lines of other ops than these."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    return [list(line.values()) for line in lines if line["op"] not in ops]
+
+
+def write(rows: Iterable[Row], path: Path, others: Sequence[Sequence[str]] = ()) -> None:
+    """The file anew: these rows, and before them ``others`` as they are."""
     where = report.Provenance.here()
     provenance = (where.date, where.commit, nvcc.release(), version("triton"), where.versions[peers.PACKAGE])
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow((*PROVENANCE, *FIGURES, "gate"))
+    out.writerows(others)
     for row in rows:
         values = (*(getattr(row, name) for name in FIGURES), verdict(row))
         out.writerow((*provenance, *("" if v is None else f"{v:.4g}" if isinstance(v, float) else v for v in values)))
