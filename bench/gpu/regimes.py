@@ -4,8 +4,8 @@ Without a GPU: calculated for those of bench/static/predict.py from data sheets 
 bench/results/static.csv. With --gpu: timed on the GPU at hand. --record rewrites these rows of peftk/ops/regimes.csv, and the
 tables of csrc/cuda/README.md.
 
-A regime takes as long as its scarcest resource: bytes from memory, issue slots, tensor or fp32 units. Assumed, until a GPU has
-been asked: the shares below.
+A regime takes as long as its scarcest resource: bytes from memory, issue slots, shared memory, tensor or fp32 units. Assumed,
+until a GPU has been asked: the shares below.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ LAUNCH_US = 3.0  # a kernel's start and end, behind the one before it
 MMA_SHARE = {90: 0.62, 100: 0.25}  # of the tensor rate that mma.sync reaches: wgmma and tcgen05 have units of their own
 KERNEL_SHARE = 0.75  # of its scarcest resource that a kernel of ours reaches
 LIBRARY_SHARE = 0.85  # of the tensor rate that torch's product reaches
+# Passes through shared memory, 128 bytes and a clock each, that a step of STEP_WEIGHTS weights takes, by tokens: forward counted
+# by the emulator, backward from the accesses of its loop, few from its table's look-ups; Triton's are taken to be CUDA's.
+STEP_WEIGHTS = 8192
+SHARED_PASSES = {"forward": {16: 282, 32: 362, 64: 524, 128: 1009}, "backward": {16: 392, 32: 464, 64: 608, 128: 896}}
+FEW_SHARED_PASSES = 128
 SIMPLE_SLOTS = 1.5  # instructions of the simple kernel for a multiplication and addition
 SIMPLE_BLOCKS = 2  # of the simple kernel, that a multiprocessor should have
 MEASURED_BLOCKS = 2  # that a multiprocessor should have, where times are taken
@@ -117,6 +122,8 @@ def calculated_time(gpu: predict.Gpu, backend: str, product: str, candidate: Can
         counted = figures(backend, f"{product} {candidate}", gpu)
         resources["issue slots"] = counted.per_weight * weights * passes / slots
         resources["tensor units"] = 2 * candidate.tokens * passes * weights / tensor / share
+        step = SHARED_PASSES[product].get(candidate.tokens, FEW_SHARED_PASSES)
+        resources["shared memory"] = step * passes * weights / STEP_WEIGHTS / (gpu.sms * gpu.ghz * 1e3)
     else:
         resources["fp32 units"] = m * weights / fp32
         resources["issue slots"] = SIMPLE_SLOTS * max(m, 2) * weights / slots
@@ -165,7 +172,7 @@ def chunk_mb(gpu: predict.Gpu) -> int:
 def calculated_rows(gpu: predict.Gpu, name: str) -> Iterator[Row]:
     """Every row of a GPU, under that name."""
     for backend, product, kind in itertools.product(("cuda", "triton"), ("forward", "backward"), ("tensor", "plain")):
-        if kind == "tensor" and backend == "cuda" and gpu.capability < 80:
+        if kind == "tensor" and gpu.capability < 80:
             continue  # these kernels need sm_80
         time = partial(calculated_time, gpu, backend, product)
         for least, best in handovers(product, kind, lambda c, m: time(c, m).us):  # noqa: B023
@@ -179,10 +186,15 @@ def handovers(product: str, kind: str, time: Callable[[Candidate, int], float]) 
     """The fastest candidate at each of ROWS, with the least m of its interval; neighbours that agree as one."""
     least, before = 0, None
     for m in ROWS:
-        best = min(candidates(product, kind, m), key=lambda c: time(c, m))
+        best = fastest(candidates(product, kind, m), lambda c: time(c, m))  # noqa: B023
         if best != before:
             yield least, best
         least, before = m + 1, best
+
+
+def fastest(tried: Iterable[Candidate], time: Callable[[Candidate], float]) -> Candidate:
+    """Of equals the largest tile, which reads W and x least often."""
+    return min(tried, key=lambda candidate: (round(time(candidate), 9), -candidate.tokens))
 
 
 def resident(backend: str, product: str, candidate: Candidate, gpu: predict.Gpu) -> int:
@@ -249,7 +261,7 @@ def page() -> str:
             kind = "tensor" if gpu.capability >= 80 else "plain"
             cells = []
             for m in shown:
-                best = min(candidates(product, kind, m), key=lambda c: calculated_time(gpu, "cuda", product, c, m).us)  # noqa: B023
+                best = fastest(candidates(product, kind, m), lambda c: calculated_time(gpu, "cuda", product, c, m).us)  # noqa: B023
                 time = calculated_time(gpu, "cuda", product, best, m)
                 cells.append(f"{best}: {time.us:.3g}, {time.binds}")
             lines.append(f"| {gpu.name} | " + " | ".join(cells) + " |")
