@@ -43,8 +43,8 @@ def count_below(x, heap, LEVELS: tl.constexpr):
 
 @triton.jit
 def philox(counter, seed):
-    """Counters (int64, any shape) -> the four words of each, uint32. By 64-bit products, which are one instruction: tl.philox
-    makes their halves by two, and a counter takes 90 instructions on sm_80 instead of 59."""
+    """Counters (int64, any shape) -> the four words of each, uint32. By 64-bit products, an instruction each: tl.philox
+    makes their halves by two, and dropout of 8 elements takes 201 instructions on sm_80 instead of 169."""
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     c2, c3 = tl.zeros(counter.shape, tl.uint32), tl.zeros(counter.shape, tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -67,7 +67,9 @@ def keeps(element, drop_below, seed):
 
 @triton.jit
 def keeps_fours(counter, drop_below, seed):
-    """As keeps, for elements 4 * counter … 4 * counter + 3: (rows, n) int64 -> (rows, 4 * n)."""
+    """As keeps, for elements 4 * counter … 4 * counter + 3: (rows, n) int64 -> (rows, 4 * n). Through bits of one word, which the
+    compiler removes: four words joined make Triton move them between threads (shrink_kernel: 20 instructions an element
+    instead of 17.5)."""
     w0, w1, w2, w3 = philox(counter, seed)
     bits = (w0 >= drop_below).to(tl.int32) | ((w1 >= drop_below).to(tl.int32) << 1)
     bits |= ((w2 >= drop_below).to(tl.int32) << 2) | ((w3 >= drop_below).to(tl.int32) << 3)

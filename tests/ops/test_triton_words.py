@@ -43,7 +43,7 @@ def keeps_kernel(
 
 
 def launch(kernel, *arguments, **options) -> None:
-    doors.door("triton-ptx").launch(kernel, (1,), *arguments, **options, num_warps=4)
+    doors.door("triton-ptx").launch(kernel, (1,), *arguments, **options, num_warps=4, **triton_words.EXACT)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -276,13 +276,13 @@ def shrink_tile(wide: torch.Tensor, r: int, counter_an_element: bool) -> Tile:
     columns = 16 if counter_an_element or not mma else 64 if ranks <= 64 else 32
     if wide.shape[0] <= 16:  # a warp a tile: more would share a row's columns, or wait
         return Tile(16, columns, ranks, max(1, ranks // 32), mma)
-    rows = 64 if ranks <= 32 else 128 if mma else 64 if ranks <= 64 else 32
+    rows = 64 if ranks <= 32 else 128 if mma else 32
     return Tile(rows, columns, ranks, 4 if ranks <= 32 else 8, mma)
 
 
 def outer_tile(wide: torch.Tensor, r: int, counter_an_element: bool) -> Tile:
     ranks, mma = ranks_of(r), has_mma(wide)
-    rows, columns = (32, 128) if mma and not counter_an_element else (16, 64)
+    rows, columns = (32, 128) if mma and not counter_an_element else (16, 64 if mma or ranks <= 64 else 32)
     return Tile(rows, columns, ranks, 4 if ranks <= 32 else 8, mma)
 
 
