@@ -24,11 +24,12 @@ def test_forward(implementation, m, k, n, dtype):
     w4 = peftk.quantize_nf4(row_scaled(n, k), double_quant=n % 2 == 0)
     x, bias = torch.randn(m, k, dtype=dtype), torch.randn(n, dtype=dtype)
     w = w4.dequantize(torch.float32)
-    plain = torch.nn.functional.linear(x, w.to(dtype), bias)
-    truth = x.double() @ w.double().T + bias.double()
-    assert_no_worse_than_twice_plain(nf4_linear(x, w4, bias), plain, truth)
-    without = nf4_linear(x, w4)
-    assert_no_worse_than_twice_plain(without, torch.nn.functional.linear(x, w.to(dtype)), truth - bias.double())
+    orders = [torch.arange(k), torch.arange(k).flip(0), torch.randperm(k)]
+    plain = [torch.nn.functional.linear(x[:, o], w.to(dtype)[:, o]) for o in orders]
+    with_bias = [torch.nn.functional.linear(x[:, o], w.to(dtype)[:, o], bias) for o in orders]
+    truth = x.double() @ w.double().T
+    assert_no_worse_than_twice_plain(nf4_linear(x, w4, bias), with_bias, truth + bias.double())
+    assert_no_worse_than_twice_plain(nf4_linear(x, w4), plain, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +39,9 @@ def test_gradients(implementation, m, k, n, dtype):
     x, bias = torch.randn(m, k, dtype=dtype, requires_grad=True), torch.randn(n, dtype=dtype, requires_grad=True)
     dy, w = torch.randn(m, n, dtype=dtype), w4.dequantize(torch.float32)
     nf4_linear(x, w4, bias).backward(dy)
-    assert_no_worse_than_twice_plain(x.grad, dy @ w.to(dtype), dy.double() @ w.double())
+    orders = [torch.arange(n), torch.arange(n).flip(0), torch.randperm(n)]
+    plain = [dy[:, o] @ w.to(dtype)[o] for o in orders]
+    assert_no_worse_than_twice_plain(x.grad, plain, dy.double() @ w.double())
     assert_no_worse_than_twice_plain(bias.grad, dy.sum(0), dy.double().sum(0))
 
 

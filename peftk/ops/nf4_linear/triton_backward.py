@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from peftk.ops.nf4_linear.triton_weight import (
+    CHAIN,
     PIECE,
     low_rank,
     offset_of,
@@ -96,6 +97,7 @@ def nf4_linear_backward(
                 branch = tl.where(kept, branch * keep_scale[i], 0.0)
             total += branch
 
+    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)  # of fp32's chains
     each = tl.cdiv(rounds, split)
     begin, end = run * each, tl.minimum(run * each + each, rounds)
     for which in range(len(n)):
@@ -114,7 +116,14 @@ def nf4_linear_backward(
             else:
                 element = w_row[:, None] + safe_column[None, :]
                 w = tile_by_elements(codes, table, scales, nested, offset, table8, bits, element)
-            total = tl.dot(dy_tile, w.to(dy_tile.dtype), total, input_precision="ieee")
+            if dy_tile.dtype == tl.float32:  # FMAs, as forward
+                sums = tl.dot(dy_tile, w, sums, input_precision="ieee")
+                if step % CHAIN == 0:
+                    total += sums
+                    sums = tl.zeros_like(sums)
+            else:
+                total = tl.dot(dy_tile, w.to(dy_tile.dtype), total)
+    total += sums
 
     at = out + (run.to(tl.int64) * m + token[:, None].to(tl.int64)) * k + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(token < m)[:, None] & (column < k)[None, :])

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from peftk.format import dynamic8
 
+CHAIN = tl.constexpr(4)  # rounds of fp32 terms that are added one after the other
 PIECE = tl.constexpr(64)  # elements: gpu_product.BLOCK
 NESTED_BLOCK = tl.constexpr(dynamic8.NESTED_BLOCK)
 
