@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from static_samples import SOURCE, needs_compilers, samples
 
-from bench.static import gates, matrix, nvcc, occupancy
+from bench.static import gates, launches, matrix, nvcc, occupancy
 from bench.static.gates import Gate, Row
 
 PLAN = Gate(
@@ -153,10 +153,12 @@ def test_gates_are_met():
 
 @needs_compilers
 def test_every_kernel_has_a_gate_and_every_gate_a_kernel():
-    """For every target: what kernels there are doesn't depend on it."""
-    targets = {"cuda": nvcc.TARGETS, "triton": matrix.triton_targets()}
-    names = {(row.op, row.backend, row.kernel) for row in compiled(whole=False) if row.target == "sm_80"}
-    kernels = [(*name, target) for name in sorted(names) for target in targets[name[1]]]
+    """For every target: which CUDA kernels there are doesn't depend on it; which of Triton's are launched, and as what, does."""
+    names = {(row.op, row.backend, row.kernel) for row in compiled(whole=False) if (row.target, row.backend) == ("sm_80", "cuda")}
+    kernels = [(*name, target) for name in sorted(names) for target in nvcc.TARGETS]
+    for target in matrix.triton_targets():
+        for op in launches.ops_with_triton():
+            kernels += [(op, "triton", launch.name, target) for launch in launches.recorded(op, target)]
     assert [kernel for kernel in kernels if gates.find(gates.read(), *kernel) is None] == []
     assert gates.unused(gates.read(), kernels) == []
 
