@@ -30,8 +30,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc):
             Path(peftk.__file__).parent / "ops" / Path(metafunc.module.__file__).stem.removeprefix("test_").removesuffix("_many")
         )
         names = [name for file, names in ON_GPU.items() if (room / file).exists() for name in names]
-        marked = [pytest.param(name, marks=pytest.mark.gpu) if name in ("cuda", "triton") else name for name in names]
+        marked = [pytest.param(name, marks=marks) if (marks := _marks(name, metafunc)) else name for name in names]
         metafunc.parametrize("implementation", [*EVERYWHERE, *marked], indirect=True)
+
+
+def _marks(name: str, metafunc: pytest.Metafunc) -> list[pytest.MarkDecorator]:
+    """What needs a GPU; and what emulators leave to a full run, since tests/ops/test_gpu_product.py has a sample of it."""
+    if name in ("cuda", "triton"):
+        return [pytest.mark.gpu]
+    module = Path(metafunc.module.__file__).stem
+    is_long = module.endswith("_many") or (module == "test_nf4_lora_linear" and name != "cuda-ptx")
+    return [pytest.mark.full] if is_long else []
 
 
 def reason_to_skip(name: str) -> str:
