@@ -101,7 +101,9 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def kept(path: Path, ops: Sequence[str]) -> list[list[str]]:
-    """The file's lines of other ops than these."""
+    """The file's lines of other ops than these; none where there is no file yet."""
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     return [list(line.values()) for line in lines if line["op"] not in ops]
