@@ -69,13 +69,15 @@ def masked(p: Shrink | Outer) -> torch.Tensor:
 
 
 def check(*products: Shrink | Outer) -> None:
-    """Every result against fp64, beside the plain product in its dtype."""
+    """Every result against fp64, beside the plain product in its dtype, summed in three orders."""
     run = triton_thin.shrink if isinstance(products[0], Shrink) else triton_thin.outer
     run(list(products))
     for p in products:
         left, right = (masked(p), p.factor) if isinstance(p, Shrink) else (p.thin.t(), masked(p))
         truth = left.double() @ right.double() * p.scale
-        plain = (left.to(p.wide.dtype) @ right.to(p.wide.dtype) * p.scale).to(p.out.dtype)
+        dtype, terms = p.wide.dtype, right.shape[0]
+        orders = [torch.arange(terms), torch.randperm(terms), torch.randperm(terms)]
+        plain = [(left[:, o].to(dtype) @ right[o].to(dtype) * p.scale).to(p.out.dtype) for o in orders]
         assert_no_worse_than_twice_plain(p.out, plain, truth)
         assert untouched(p.out)
 

@@ -20,8 +20,9 @@ from peftk.ops.triton_words import EXACT, keeps_tile
 MMA_SINCE = (8, 0)  # compute capability; Triton's dot is made of FMAs before, and of fp32 on every GPU
 STAGES = 3  # where tensor cores multiply
 MOST_RANKS = 128  # of a program
-# fp32 terms that are added one after the other: sums of 4096 are 1.2 times as far from fp64 as torch's, in one chain 4 times.
-CHAIN = 256
+# Terms that FMAs add one after the other. Of fp32 sums of 64, 200 and 1024 none is twice as far from fp64 as torch's; with 64 a
+# tenth is where there are few of them, and one chain of 4096 is 4 times as far.
+CHAIN = 16
 PROGRAMS = 2  # a multiprocessor, that runs are made for
 LEAST_ROUNDS, MOST_RUNS = 4, 32  # of a run; of a product
 SUMS, SUM_WARPS, TOGETHER = 256, 4, 8  # elements a program that adds runs; runs it loads at a time
