@@ -5,7 +5,7 @@ in words: k and blocks are multiples of 64 (PIECE), so that a piece of a row has
 by elements: every other shape and block size; each element finds its byte and its scale.
 
 The 16 values are looked up in shared memory (tl.gather): they lie in 16 banks, so a warp's look-ups never conflict. A table of
-all 256 pairs takes 8.8 instructions a weight instead of 10.3 (sm_80, tile of 128), but random 8-byte look-ups conflict: 2045
+all 256 pairs took 8.8 instructions a weight instead of 10.3 (sm_80, tile of 128), but random 8-byte look-ups conflict: 2045
 passes through the banks a tile of 8192 weights instead of 1509; 1268 instead of 727 with 16 rows of x (counted, not timed).
 """
 
