@@ -177,25 +177,29 @@ def _dequantize8_with(count: int, block_size: int, dtype: torch.dtype) -> Call:
 
 
 def _linear4() -> Iterator[Call]:
-    """By m: few rows, every tile, chunks; a list, a split, a low-rank branch; then what takes no tensor cores."""
-    for m in (8, 32, 64, 128, 2000):
-        yield from _products(m)
-    yield from _products(128, count=3)
-    yield from _products(16, blocks=1 << 20)
-    yield from _products(32, r=16, dropout=0.1)
-    yield from _products(128, r=64, dropout=0.1)
-    yield from _products(128, dtype=torch.float16, nested=False)
+    """Every tile and chunks; a list, a split, a low-rank branch; then what tensor cores don't take."""
+    for tokens in (16, 32, 64, 128):
+        yield from _products("tile", tokens)
+    yield from _products("chunks")
+    yield from _products("tile", 128, count=3)
+    yield from _products("tile", 16, blocks=1 << 20)
+    yield from _products("tile", 32, r=16, dropout=0.1)
+    yield from _products("tile", 128, r=64, dropout=0.1)
+    yield from _products("tile", 128, dtype=torch.float16, nested=False)
     for dtype, k in ((torch.float32, LINEAR), (torch.bfloat16, LINEAR - 6)):
-        for m in (8, 64, 300):
-            yield from _products(m, k, dtype)
-    yield from _products(64, LINEAR - 6, torch.float32, r=16, dropout=0.1)
+        for tokens in (8, 64):
+            yield from _products("simple", tokens, k, dtype)
+        yield from _products("chunks", k=k, dtype=dtype)
+    yield from _products("simple", 64, LINEAR - 6, torch.float32, r=16, dropout=0.1)
 
 
 def _products(
-    m: int, k: int = LINEAR, dtype: torch.dtype = torch.bfloat16, count: int = 1, r: int = 0, dropout: float = 0.0,
-    blocks: int = 0, nested: bool = True,
+    regime: str, tokens: int = 64, k: int = LINEAR, dtype: torch.dtype = torch.bfloat16, count: int = 1, r: int = 0,
+    dropout: float = 0.0, blocks: int = 0, nested: bool = True,
 ) -> Iterator[Call]:  # fmt: skip
-    """Forward and backward of ``count`` weights (LINEAR, k), as nf4_linear and nf4_lora_linear launch them."""
+    """Forward and backward of ``count`` weights (LINEAR, k), as nf4_linear and nf4_lora_linear launch them in that regime,
+    whatever the table says of a GPU; "simple" where a tile has no tensor kernels."""
+    m = tokens
     blocks_of_w = -(-LINEAR * k // 64)
     constants = (torch.zeros(blocks_of_w), None, None)
     if nested:
@@ -208,7 +212,9 @@ def _products(
     kernels = importlib.import_module("peftk.ops.nf4_linear.triton_kernel").KERNELS
 
     def forced(product: Callable[..., None], *arguments: Any) -> None:
-        with regimes.forced(blocks=blocks):
+        kind = gpu_product.kind_of(kernels, kernels.model(weight.packed.device), dtype, [weight])
+        chosen = "simple" if regime == "tile" and kind == "plain" else regime
+        with regimes.forced(regime=chosen, tokens=tokens, blocks=blocks, chunk_mb=1):
             product(kernels, *arguments)
 
     yield partial(forced, gpu_product.forward, zeros(m, k), outputs)

@@ -53,7 +53,8 @@ class Case:
 
 
 def weight4(n: int, k: int, block_size: int = 64, nested: bool = True, quant_type: str = "nf4") -> tuple[Weight, torch.Tensor]:
-    w4 = peftk.quantize_nf4(row_scaled(n, k), block_size, double_quant=nested, quant_type=quant_type)
+    """Small beside a low-rank branch of ones, whose errors would hide."""
+    w4 = peftk.quantize_nf4(row_scaled(n, k) / 30, block_size, double_quant=nested, quant_type=quant_type)
     return Weight(*w4.tensors(), n, k, block_size, quant_type), w4.dequantize(FP32)
 
 
@@ -69,7 +70,8 @@ CASES = [
     Case("tile", 64, 66, 320, (18, 70), block_size=4096, split=2),
     Case("tile", 128, 130, 192, (200,), FP16, rank=16, dropout=0.2, block_size=128),
     Case("simple", 8, 1, 320, (70,), FP32, rank=1, split=2),
-    Case("simple", 64, 70, 80, (66,), FP32, rank=8, nested=False),
+    Case("simple", 64, 130, 576, (64,), FP32, rank=8, nested=False),  # one chain of sums is 3 times as far off as torch's
+    Case("simple", 64, 70, 80, (66,), FP32),
     Case("simple", 64, 70, 33, (15, 7), rank=8, dropout=0.5, block_size=32, quant_type="fp4"),
     Case("simple", 8, 3, 250, (9,), FP16, bias=False, block_size=4096, split=2),
 ]

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from peftk.ops.nf4_linear.triton_weight import (
-    CHAIN,
     PIECE,
+    add_product,
     low_rank,
     offset_of,
     pick,
@@ -22,28 +22,13 @@ from peftk.ops.nf4_linear.triton_weight import (
     tile_by_elements,
     tile_in_words,
 )
-from peftk.ops.triton_words import keeps
+from peftk.ops.triton_words import keeps_tile
 
 
 @triton.jit
 def unsealed(word):
     """32 bits that triton_kernel.py sealed."""
     return ((word >> 1) & 0xFFFFFFFF).to(tl.uint64)
-
-
-@triton.jit
-def _kept(token, first_column, k, drop_below, seed_low, seed_high, COLUMNS: tl.constexpr, IN_FOURS: tl.constexpr):
-    """What dropout keeps of a tile, (TOKENS, COLUMNS). IN_FOURS: rows and the tile begin at multiples of 4 elements, so that a
-    counter's four words are neighbours; a word by itself costs as much, and 64 of them a thread spill."""
-    seed = (unsealed(seed_high) << 32) | unsealed(seed_low)
-    if IN_FOURS:
-        counter = (token[:, None] * k + first_column) // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-        zero = tl.zeros(counter.shape, tl.uint32)
-        w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, 10)
-        even, odd = tl.join(w0, w2), tl.join(w1, w3)
-        return tl.reshape(tl.join(even, odd), (token.shape[0], COLUMNS)) >= drop_below
-    else:
-        return keeps(token[:, None] * k + first_column + tl.arange(0, COLUMNS)[None, :], drop_below, seed)
 
 
 @triton.jit(do_not_specialize=["m", "rounds", "split"])
@@ -92,12 +77,11 @@ def nf4_linear_backward(
             width = tl.where(run == 0, r[i], 0)
             branch = low_rank(t[i], a[i], 1, k, safe_token, safe_column, width, TOKENS, COLUMNS, STEP)
             if DROPOUT:
-                below = tl.to_tensor(drop_below[i]).to(tl.uint32)
-                kept = _kept(safe_token, first_column, k, below, seed_low[i], seed_high[i], COLUMNS, IN_WORDS)
+                below, seed = tl.to_tensor(drop_below[i]).to(tl.uint32), (unsealed(seed_high[i]) << 32) | unsealed(seed_low[i])
+                kept = keeps_tile(safe_token, first_column, k, below, seed, COLUMNS, IN_WORDS)
                 branch = tl.where(kept, branch * keep_scale[i], 0.0)
             total += branch
 
-    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)  # of fp32's chains
     each = tl.cdiv(rounds, split)
     begin, end = run * each, tl.minimum(run * each + each, rounds)
     for which in range(len(n)):
@@ -116,14 +100,7 @@ def nf4_linear_backward(
             else:
                 element = w_row[:, None] + safe_column[None, :]
                 w = tile_by_elements(codes, table, scales, nested, offset, table8, bits, element)
-            if dy_tile.dtype == tl.float32:  # FMAs, as forward
-                sums = tl.dot(dy_tile, w, sums, input_precision="ieee")
-                if step % CHAIN == 0:
-                    total += sums
-                    sums = tl.zeros_like(sums)
-            else:
-                total = tl.dot(dy_tile, w.to(dy_tile.dtype), total)
-    total += sums
+            total = add_product(total, dy_tile, w.to(dy_tile.dtype), DEPTH)
 
     at = out + (run.to(tl.int64) * m + token[:, None].to(tl.int64)) * k + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(token < m)[:, None] & (column < k)[None, :])

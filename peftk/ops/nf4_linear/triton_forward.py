@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from peftk.ops.nf4_linear.triton_weight import (
-    CHAIN,
     PIECE,
+    add_product,
     locate,
     low_rank,
     offset_of,
@@ -76,7 +76,6 @@ def nf4_linear_forward(
     x_row, w_row = x + (safe_token * x_stride)[:, None], safe_row * k
     rounds = tl.cdiv(k, DEPTH)
     each = tl.cdiv(rounds, runs)
-    sums = tl.zeros((TOKENS, ROWS), tl.float32)
     for step in range(run * each, tl.minimum(run * each + each, rounds)):
         column = step * DEPTH + tl.arange(0, DEPTH)
         if IN_WORDS:
@@ -86,15 +85,7 @@ def nf4_linear_forward(
             x_tile = tl.load(x_row + column[None, :], mask=(column < k)[None, :], other=0.0)
             element = w_row[:, None] + tl.minimum(column, k - 1)[None, :]
             w = tile_by_elements(packed, table, absmax, absmax_scale, offset, table8, block_bits, element)
-        if x.dtype.element_ty == tl.float32:  # FMAs: a sum of 4096 in one chain is four times as far off as torch's
-            sums = tl.dot(x_tile, tl.trans(w), sums, input_precision="ieee")
-            if step % CHAIN == 0:
-                total += sums
-                sums = tl.zeros_like(sums)
-        else:
-            total = tl.dot(x_tile, tl.trans(w.to(x_tile.dtype)), total)
-    if x.dtype.element_ty == tl.float32:
-        total += sums
+        total = add_product(total, x_tile, tl.trans(w.to(x_tile.dtype)), DEPTH)
 
     if bias is not None:
         total += tl.load(bias + safe_row, mask=(row < rows_of_w) & (run == 0), other=0.0).to(tl.float32)[None, :]
