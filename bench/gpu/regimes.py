@@ -50,6 +50,7 @@ STEP_WEIGHTS = 8192
 SHARED_PASSES = {"forward": {16: 282, 32: 362, 64: 524, 128: 1009}, "backward": {16: 392, 32: 464, 64: 608, 128: 896}}
 FEW_SHARED_PASSES = 128
 SIMPLE_SLOTS = 1.5  # instructions of the simple kernel for a multiplication and addition
+SIMPLE_FEW = 32  # rows of x up to which it makes tiles of 8: kFewUpTo in csrc/ops/nf4_linear/cuda_simple_step.cuh
 SIMPLE_BLOCKS = 2  # of the simple kernel, that a multiprocessor should have
 MEASURED_BLOCKS = 2  # that a multiprocessor should have, where times are taken
 LEAST_ROUNDS = 10
@@ -85,7 +86,7 @@ def candidates(product: str, kind: str, m: int) -> Iterator[Candidate]:
             if tokens == TOKENS[0] or tokens // 2 < m:
                 yield Candidate("tile", tokens, kind)
     else:
-        yield Candidate("simple", 8 if m <= 8 else 64, kind)
+        yield Candidate("simple", 8 if m <= SIMPLE_FEW else 64, kind)
     yield Candidate("chunks", 0, kind)
 
 
@@ -108,7 +109,8 @@ def calculated_time(gpu: predict.Gpu, backend: str, product: str, candidate: Can
     tensor = gpu.tensor_tflop_s * 1e6
     if candidate.regime == "chunks":
         width = 2 if candidate.kind == "tensor" else 4
-        decode = max((PACKED + width) * weights / gpu.gb_s / 1e3, figures(backend, "decode", gpu).per_weight * weights / slots)
+        decoding = figures(backend, f"decode {candidate.kind}", gpu).per_weight
+        decode = max((PACKED + width) * weights / gpu.gb_s / 1e3, decoding * weights / slots)
         rate = tensor if candidate.kind == "tensor" else 2 * fp32
         product_us = max(2 * m * weights / rate / LIBRARY_SHARE, (activations + width * weights) / gpu.gb_s / 1e3)
         chunks = -(-width * weights // (chunk_mb(gpu) << 20))
@@ -139,11 +141,13 @@ class Figures:
     blocks: int  # that fit a multiprocessor
 
 
-# Globs on the names of the kernels, bf16 and double quantised.
+# Globs on the names of the kernels, double quantised; bf16, but "plain" in fp32.
 KERNELS = {
-    ("cuda", "decode"): "decode_tiles_kernel<Bf16, true>",
+    ("cuda", "decode tensor"): "decode_tiles_kernel<Bf16, true>",
+    ("cuda", "decode plain"): "decode_tiles_kernel<float, true>",
     ("cuda", "forward few"): "nf4_linear_few_kernel<Bf16>",
-    ("triton", "decode"): "nf4_linear_decode<u8, u8, *bf16*, True, 32, 256>",
+    ("triton", "decode tensor"): "nf4_linear_decode<u8, u8, fp32, fp32, fp32, fp32, bf16, * True, 32, 256>",
+    ("triton", "decode plain"): "nf4_linear_decode<u8, u8, fp32, fp32, fp32, fp32, fp32, * True, 32, 256>",
     ("triton", "forward few"): "nf4_linear_forward<bf16*, 16, 128, 64, *",
     **{("cuda", f"forward tile {t}"): f"nf4_linear_tile_kernel<Bf16, {t}>" for t in TOKENS},
     **{("cuda", f"backward tile {t}"): f"nf4_linear_dx_tile_kernel<Bf16, {t}>" for t in TOKENS},

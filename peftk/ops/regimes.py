@@ -1,5 +1,5 @@
 """Which kernel takes a product with a 4-bit weight on a GPU: data, not conditions. regimes.csv has a row for each backend, GPU,
-product and kind from so many rows of x on; `python -m bench --gpu --regimes` writes the rows of the GPU that it runs on.
+product and kind from so many rows of x on; `python -m bench --regimes --gpu --record` writes the rows of the GPU that it runs on.
 
 backend    cuda, triton
 gpu        glob on the device's name; sm_90 and the like stand for every GPU of that capability, * for all: tried in this order
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from peftk.ops.gpu import GpuModel
@@ -70,7 +70,7 @@ def choose(backend: str, model: GpuModel, product: str, kind: str, m: int) -> Ro
     return row if _forced.get() is None else replace(row, **_forced.get())
 
 
-@cache
+@lru_cache(4096)  # calls of a training loop differ in m
 def _row(backend: str, model: GpuModel, product: str, kind: str, m: int) -> Row:
     rows = [row for row in table() if (row.backend, row.product, row.kind) == (backend, product, kind) and row.least_m <= m]
     generation = f"sm_{model.capability[0]}{model.capability[1]}"

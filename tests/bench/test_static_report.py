@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from pathlib import Path
 
@@ -132,6 +133,19 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "what binds: calculated, not measured" in shown and re.search(r"copy +65.8 bytes", shown)
     (first, *_) = csv.DictReader((tmp_path / "static.csv").open())
     assert first["op"] == "nf4_dequantize" and first["nvcc"] == nvcc.release() and len(first["commit"]) > 6
+
+
+def test_a_record_of_one_op_keeps_the_others(tmp_path: Path):
+    """Those of the same op are replaced, not added to."""
+    path = tmp_path / "static.csv"
+    gate = gates.Gate("nf4_dequantize", "cuda", "copy", "*", "path", elements=4)
+    (first,) = [
+        row for row in matrix.judged(nvcc.compiled(SOURCE, "sm_80"), "a", "cuda", "sm_80", [gate]) if row.kernel == "copy"
+    ]
+    assert report.kept(path, ["a"]) == []
+    for op in ("a", "b", "a"):
+        report.write([dataclasses.replace(first, op=op)], path, report.kept(path, [op]))
+    assert [line["op"] for line in csv.DictReader(path.open())] == ["b", "a"]
 
 
 def test_an_unknown_op(monkeypatch: pytest.MonkeyPatch):

@@ -166,8 +166,10 @@ def test_more_runs_than_steps(door):
 
 
 def test_no_rows(door):
+    """Nothing is launched: a grid of no blocks is an error."""
     made = Case(16, split=2).make(64, 0, BF16)
     run(door, rows(0, 64, BF16), [made], 16)
+    assert made.y.shape == (0, 16) and not getattr(door, "reports", [])
 
 
 def test_a_bad_constant_spoils_its_own_row_alone(door):

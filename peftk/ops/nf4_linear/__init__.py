@@ -7,6 +7,8 @@ W is decoded in registers for a few rows of x, else a panel at a time; no whole 
 On a CPU every shape is right. Where k is no multiple of 16 the elements are decoded one by one: some 8 ms more forward and 11 ms
 more for dx at 4096x4096 on two cores of a Zen 4, whatever m is (20 times as long at m = 1, 1.2 times at m = 512). bf16 x is
 multiplied by bf16 dot products where the machine has them; fp16 x always in fp32, since bf16 would drop three of its bits.
+On a GPU every shape is right too; which kernel takes it is a row of peftk/ops/regimes.csv, and for many rows of x chunks of W are
+written to a workspace that stays in the L2 cache.
 """
 
 from __future__ import annotations
