@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pytest
 import torch
@@ -161,11 +160,10 @@ def test_both_doors_and_every_order_of_threads_give_the_same_bits(ptx):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_traffic(ptx, monkeypatch, double_quant):
+def test_traffic(ptx, double_quant):
     """What twice the depth adds: every packed byte once, every constant once, x once a tile of 32 rows; no two lanes of a look-up
     meet in a bank."""
-    program = doors._program(doors.source_of(OP))
-    monkeypatch.setattr(program, "run", partial(program.run, traffic=True))
+    ptx.traffic = True
     m, n, depths, accesses = 8, 64, (2048, 4096), []
     for k in depths:
         run(ptx, torch.randn(m, k, dtype=BF16), make(n, k, double_quant=double_quant))
