@@ -53,6 +53,10 @@ class _Dense(nn.Module):
             return lora_linear(x, self._rows(), A, B, scale, self.bias, z, dropout, seed)
         return add_low_rank(self.forward(x), x, A, B, scale, z, dropout, seed)
 
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """w as ``set_dense_weight(w)`` would store it, in w's dtype; nothing is stored."""
+        return w.to(self.weight.dtype).to(w.dtype)
+
     def weight_snapshot(self) -> torch.Tensor:
         """The stored weight's bytes, a copy."""
         return self.weight.detach().clone()
