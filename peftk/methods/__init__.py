@@ -7,6 +7,7 @@ from peftk.methods.attach import (
     set_adapter,
     trainable_parameters,
 )
+from peftk.methods.combine import combine_adapters
 from peftk.methods.lora import LoraConfig
 from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.p_tuning import PTuningConfig
@@ -26,6 +27,7 @@ __all__ = [
     "PromptTuningConfig",
     "adapters_per_row",
     "attach",
+    "combine_adapters",
     "delete_adapter",
     "detach",
     "disable_adapters",

@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 from peftk.methods.adapter import PlainLayer
+from peftk.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
 
 
-class LoraEmbedding(PlainLayer):
+class LoraEmbedding(LowRank, PlainLayer):
     """An embedding with low-rank branches: rows of A^T, then B. A (r, tokens) is zero at first and B (d, r) Gaussian.
 
     ids (...) -> (..., d). Dropout does not apply to token ids.

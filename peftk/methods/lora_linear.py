@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftk.methods.adapter import AdapterLayer
+from peftk.methods.low_rank import LowRank
 from peftk.nn import base_layer
 from peftk.nn.dense_linear import add_low_rank
 
@@ -20,7 +21,7 @@ def _keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
     """nn.TransformerEncoderLayer's fast path reads the weights itself, without adapters; it keeps off where a hook is found."""
 
 
-class LoraLinear(AdapterLayer):
+class LoraLinear(LowRank, AdapterLayer):
     """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype."""
 
     def __init__(self, module: nn.Module):
