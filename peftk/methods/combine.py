@@ -188,6 +188,10 @@ def _check_adapters(model: nn.Module, state: Attached, names: Sequence[str]) -> 
             raise ValueError(f"names: expected LoRA adapters, got {name!r}, a {type(config).__name__}")
         if state.biases is not None and state.biases.owner == name:
             raise ValueError(f"names: expected adapters that leave the base's biases alone, got {name!r}, which trains them")
+    for path, layer in wrappers(model, AdapterLayer):
+        for name in names:
+            if name in layer.adapter_names() and (reason := layer.why_no_merge(name)):
+                raise ValueError(f"names: {name!r} in {path} can't be combined, {reason}")
     for path, wrapper in wrappers(model, ModuleToSave):
         if len(whole := [name for name in names if name in wrapper.adapter_names()]) > 1:
             raise ValueError(f"names: {path} is trained whole by {', '.join(whole)}: such modules have no weighted combination")

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
+from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.targets import (
@@ -116,9 +117,11 @@ class LoraConfig:
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
+        ranks = {path: pattern_value(self.rank_pattern, path, self.r) for path in paths}
+        for path, rank in ranks.items():
+            check_rank(path, modules[path], rank)
         put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
-        for path in paths:
-            rank = pattern_value(self.rank_pattern, path, self.r)
+        for path, rank in ranks.items():
             alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
             scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
             model.get_submodule(path).add_adapter(name, rank, scaling, self)
@@ -168,11 +171,15 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _is_supported(module: nn.Module) -> bool:
-    """A linear layer, an embedding, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their own way."""
-    is_scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
-    return isinstance(module, LoraLinear | LoraEmbedding) or is_adaptable(module) or type(module) is nn.Embedding or is_scaled
+    """A linear layer, an embedding, a convolution, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their
+    own way."""
+    if isinstance(module, nn.Embedding):
+        return type(module) is nn.Embedding or hasattr(module, "embed_scale")
+    return isinstance(module, LoraLinear | LoraEmbedding | LoraConv) or is_adaptable(module) or type(module) in CONVOLUTIONS
 
 
 def wrap(module: nn.Module) -> AdapterLayer:
-    """The LoRA layer for a linear layer or an embedding."""
-    return LoraEmbedding(module) if isinstance(module, nn.Embedding) else LoraLinear(module)
+    """The LoRA layer for a linear layer, an embedding or a convolution."""
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding(module)
+    return LoraConv(module) if type(module) in CONVOLUTIONS else LoraLinear(module)
