@@ -14,7 +14,7 @@ from torch import nn
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
 from peftk.methods.attach import Attached, attach, attached, check_new_name, known, wrappers
 from peftk.methods.lora import LoraConfig
-from peftk.methods.low_rank import Factors, low_rank_of, truncate
+from peftk.methods.low_rank import Matrices, low_rank_of, truncate
 from peftk.methods.targets import matching, short_names, visible_modules
 from peftk.methods.task_arithmetic import MAJORITY, METHODS, weighted_sum
 from peftk.ops.philox_dropout import draw_seed
@@ -56,13 +56,13 @@ def combine_adapters(
     known(state, names, "names")
     _check_adapters(model, state, names)
     recipe = _Recipe(method, rank, density, majority_sign_method, _generator(seed))
-    made: dict[str, Factors] = {}
+    made: dict[str, Matrices] = {}
     for path, layer in wrappers(model, AdapterLayer):
         if sources := [_Source(layer, name, w) for name, w in zip(names, weights, strict=True) if name in layer.adapter_names()]:
             made[path] = recipe.apply(path, sources)
     attach(model, _config(model, [state.configs[name] for name in names], made), new_name)
-    for path, factors in made.items():
-        model.get_submodule(path).set_factors(new_name, factors)
+    for path, matrices in made.items():
+        model.get_submodule(path).set_matrices(new_name, matrices)
     _copy_whole_modules(model, names, new_name)
     return model
 
@@ -72,7 +72,7 @@ class _Source:
 
     def __init__(self, layer: AdapterLayer, name: str, weight: float):
         self.name, self.weight, self.scale = name, weight, layer.scaling[name]
-        self.factors: Factors = layer.factors(name)
+        self.matrices: Matrices = layer.matrices(name)
 
 
 @dataclass
@@ -83,11 +83,11 @@ class _Recipe:
     majority: str
     generator: torch.Generator
 
-    def apply(self, path: str, sources: list[_Source]) -> Factors:
+    def apply(self, path: str, sources: list[_Source]) -> Matrices:
         """The new factors of a layer, of scale 1."""
-        labels = dict.fromkeys(label for source in sources for label in source.factors)
+        labels = dict.fromkeys(label for source in sources for label in source.matrices)
         step = self._step()
-        return {label: step(f"{path}{label}", label, [s for s in sources if label in s.factors]) for label in labels}
+        return {label: step(f"{path}{label}", label, [s for s in sources if label in s.matrices]) for label in labels}
 
     def _step(self) -> Callable[[str, str, list[_Source]], tuple[torch.Tensor, torch.Tensor]]:
         if self.method in ("cat", "svd"):
@@ -95,15 +95,15 @@ class _Recipe:
         return self._of_products if self.method.endswith("_svd") else self._of_factors
 
     def _rank(self, label: str, sources: list[_Source]) -> int:
-        return self.rank or max(source.factors[label][0].shape[1] for source in sources)
+        return self.rank or max(source.matrices[label][0].shape[1] for source in sources)
 
     def _exact(self, path: str, label: str, sources: list[_Source]) -> tuple[torch.Tensor, torch.Tensor]:
-        A = torch.cat([s.factors[label][0] * (s.weight * s.scale) for s in sources], 1)
-        B = torch.cat([s.factors[label][1] for s in sources], 2)
+        A = torch.cat([s.matrices[label][0] * (s.weight * s.scale) for s in sources], 1)
+        B = torch.cat([s.matrices[label][1] for s in sources], 2)
         return (A, B) if self.method == "cat" else truncate(A, B, self._rank(label, sources))
 
     def _of_factors(self, path: str, label: str, sources: list[_Source]) -> tuple[torch.Tensor, torch.Tensor]:
-        ranks = {source.name: source.factors[label][0].shape[1] for source in sources}
+        ranks = {source.name: source.matrices[label][0].shape[1] for source in sources}
         if len(set(ranks.values())) > 1:
             told = ", ".join(f"{name} {r}" for name, r in ranks.items())
             raise ValueError(f'method: {self.method!r} needs adapters of one rank, got {told} in {path}; use "cat" or "svd"')
@@ -111,14 +111,14 @@ class _Recipe:
         roots = [math.sqrt(abs(w)) for w in both]
         signed = [math.copysign(root, w) for root, w in zip(roots, both, strict=True)]
         return (
-            self._sum([s.factors[label][0] for s in sources], signed, self.method),
-            self._sum([s.factors[label][1] for s in sources], roots, self.method),
+            self._sum([s.matrices[label][0] for s in sources], signed, self.method),
+            self._sum([s.matrices[label][1] for s in sources], roots, self.method),
         )
 
     def _of_products(self, path: str, label: str, sources: list[_Source]) -> tuple[torch.Tensor, torch.Tensor]:
         made, method = [], self.method.removesuffix("_svd")
-        for matrix in range(sources[0].factors[label][0].shape[0]):
-            deltas = [s.factors[label][1][matrix] @ s.factors[label][0][matrix] * s.scale for s in sources]
+        for matrix in range(sources[0].matrices[label][0].shape[0]):
+            deltas = [s.matrices[label][1][matrix] @ s.matrices[label][0][matrix] * s.scale for s in sources]
             total = self._sum(deltas, [s.weight for s in sources], method)
             made.append(low_rank_of(total, self._rank(label, sources)))
         return torch.stack([A for A, _ in made]), torch.stack([B for _, B in made])
@@ -131,9 +131,9 @@ def _generator(seed: int | None) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed() if seed is None else seed)
 
 
-def _config(model: nn.Module, configs: list[LoraConfig], made: dict[str, Factors]) -> LoraConfig:
+def _config(model: nn.Module, configs: list[LoraConfig], made: dict[str, Matrices]) -> LoraConfig:
     """Selects just these layers, each with its own rank, and alpha = r."""
-    ranks = {f"{path}{label}": A.shape[1] for path, factors in made.items() for label, (A, _) in factors.items()}
+    ranks = {f"{path}{label}": A.shape[1] for path, matrices in made.items() for label, (A, _) in matrices.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     config = LoraConfig(
@@ -186,6 +186,8 @@ def _check_adapters(model: nn.Module, state: Attached, names: Sequence[str]) -> 
         config = state.configs[name]
         if not isinstance(config, LoraConfig):
             raise ValueError(f"names: expected LoRA adapters, got {name!r}, a {type(config).__name__}")
+        if config.use_dora:
+            raise ValueError(f"names: expected adapters without DoRA, got {name!r}: magnitudes have no weighted sum")
         if state.biases is not None and state.biases.owner == name:
             raise ValueError(f"names: expected adapters that leave the base's biases alone, got {name!r}, which trains them")
     for path, layer in wrappers(model, AdapterLayer):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 # By what the path of a weight has beyond the layer's: A (matrices, r, k) and B (matrices, n, r), one matrix for most layers.
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Matrices = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class LowRank:
@@ -14,19 +13,20 @@ class LowRank:
 
     scaling: dict[str, float]
 
-    def factors(self, name: str) -> Factors:
-        """The adapter's factors, not copies."""
-        A, B, *_ = self._factor_parameters(name)
+    def matrices(self, name: str) -> Matrices:
+        """The factors of what the adapter adds to the weight."""
+        A, B = self._matrix_factors(name)
         return {"": (A.detach().flatten(1)[None], B.detach().flatten(1)[None])}
 
     @torch.no_grad()
-    def set_factors(self, name: str, factors: Factors) -> None:
+    def set_matrices(self, name: str, matrices: Matrices) -> None:
         """Copy values of the adapter's shapes into it."""
-        for parameter, values in zip(self._factor_parameters(name), factors[""], strict=False):
+        for parameter, values in zip(self.adapter_parameters(name), matrices[""], strict=True):
             parameter.copy_(values.view_as(parameter))
 
-    def _factor_parameters(self, name: str) -> list[nn.Parameter]:
-        return self.adapter_parameters(name)
+    def _matrix_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        A, B = self.adapter_parameters(name)
+        return A, B
 
 
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -144,7 +144,7 @@ def test_svd_is_the_nearest_of_its_rank_without_the_sum(rank, monkeypatch):
         best = values[rank:].norm()
         torch.testing.assert_close((delta - expected[path]).norm(), best, rtol=1e-3, atol=1e-5)
         layer = model.get_submodule(path)
-        (A, B), r = layer.factors("new")[""], min(rank, 12, *expected[path].shape)
+        (A, B), r = layer.matrices("new")[""], min(rank, 12, *expected[path].shape)
         assert (A.shape[1], B.shape[2], layer.scaling["new"]) == (r, r, 1.0)
 
 
@@ -238,3 +238,19 @@ def test_only_lora_adapters_have_a_sum():
     model = attach(adapters(tiny.llama()), peftk.PromptTuningConfig(num_virtual_tokens=3), "p")
     with pytest.raises(ValueError, match="names: expected LoRA adapters, got 'p', a PromptTuningConfig"):
         combine_adapters(model, ["a", "p"], [1, 1], "new")
+
+
+def test_magnitudes_have_no_sum():
+    model = attach(tiny.Net(), LoraConfig(target_modules=["q"], use_dora=True), "a")
+    with pytest.raises(ValueError, match="names: expected adapters without DoRA, got 'a': magnitudes have no weighted sum"):
+        combine_adapters(model, ["a"], [1.0], "new")
+
+
+def test_an_adapter_that_started_in_the_weight_counts_by_what_it_adds_to_it():
+    model = attach(tiny.Net(), LoraConfig(r=3, target_modules=["q"], init_lora_weights="pissa"), "a")
+    tiny.fill(attach(model, LoraConfig(r=2, target_modules=["q"]), "b"), "b")
+    with torch.no_grad():
+        model.layers[0]["q"].lora_B["a"].add_(0.1)
+    expected = sum(w * model.layers[0]["q"].delta_weight(name) for w, name in ((0.5, "a"), (2.0, "b")))
+    combine_adapters(model, ["a", "b"], [0.5, 2.0], "new")
+    torch.testing.assert_close(deltas(model, "new")["layers.0.q"], expected, rtol=1e-4, atol=1e-5)
