@@ -184,14 +184,15 @@ def test_merge_and_exact_unmerge(base):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any op made."""
+    """The number of elements of the largest tensor that any op made in memory of its own."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, tensor.numel())
         return made
 
