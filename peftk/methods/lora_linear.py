@@ -110,6 +110,19 @@ class LoraLinear(AdapterLayer):
             found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
         return found
 
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Of an adapter that started in W a LoRA of rank 2r on W itself. ValueError for a base in 4 bits."""
+        found = self.adapter_tensors(name)
+        if self.taken is None or self.taken.owner != name:
+            return found
+        if isinstance(self.base_layer, NF4Linear):
+            raise ValueError(
+                f"{name} took its start out of weights that were then quantised: what they lost is of full rank, so no LoRA "
+                "file on the original weights computes the same. Save model.state_dict(), or merge the adapter"
+            )
+        A, B = self.difference(name)
+        return {**found, "lora_A.weight": A, "lora_B.weight": B}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rows is not None:
             return self._forward_rows(x)
