@@ -1,16 +1,15 @@
-"""Methods: one file each, over the base-layer interface; attach.py has what a model with adapters does."""
+"""Methods: one file each, over the base-layer interface; attach.py and merge.py have what a model with adapters does."""
 
 from peftk.methods.attach import (
     attach,
     delete_adapter,
     detach,
-    disable_adapters,
-    merge,
     set_adapter,
     trainable_parameters,
-    unmerge,
 )
+from peftk.methods.combine import combine_adapters
 from peftk.methods.lora import LoraConfig
+from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.p_tuning_v2 import PTuningV2Config
 from peftk.methods.prefix_tuning import PrefixTuningConfig
@@ -28,6 +27,7 @@ __all__ = [
     "PromptTuningConfig",
     "adapters_per_row",
     "attach",
+    "combine_adapters",
     "delete_adapter",
     "detach",
     "disable_adapters",

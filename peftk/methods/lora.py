@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
+from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
 from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
@@ -183,6 +184,8 @@ class LoraConfig:
             check_can_be_saved_whole(path, modules[path])
         check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in paths})
         sizes = {path: self._rank_and_scaling(path) for path in paths}
+        for path, (rank, _) in sizes.items():
+            check_rank(path, modules[path], rank)
         starts = self._starts({path: modules[path] for path in paths}, sizes)
         put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
@@ -248,16 +251,20 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _is_supported(module: nn.Module) -> bool:
-    """A linear layer, an embedding, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their own way."""
-    is_scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
-    return isinstance(module, LoraLinear | LoraEmbedding) or is_adaptable(module) or type(module) is nn.Embedding or is_scaled
+    """A linear layer, an embedding, a convolution, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their
+    own way."""
+    if isinstance(module, nn.Embedding):
+        return type(module) is nn.Embedding or hasattr(module, "embed_scale")
+    return isinstance(module, LoraLinear | LoraEmbedding | LoraConv) or is_adaptable(module) or type(module) in CONVOLUTIONS
 
 
 def layer_class(module: nn.Module) -> type[AdapterLayer]:
-    """The LoRA layer for a linear layer or an embedding; of one that has LoRA already its own class."""
+    """The LoRA layer for a linear layer, an embedding or a convolution; of one that has LoRA already its own class."""
     if isinstance(module, AdapterLayer):
         return type(module)
-    return LoraEmbedding if isinstance(module, nn.Embedding) else LoraLinear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    return LoraConv if type(module) in CONVOLUTIONS else LoraLinear
 
 
 def wrap(module: nn.Module) -> AdapterLayer:

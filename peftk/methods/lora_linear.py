@@ -11,6 +11,7 @@ from torch import nn
 from peftk.methods import dora
 from peftk.methods.adapter import AdapterLayer
 from peftk.methods.lora_init import Start, draw
+from peftk.methods.low_rank import LowRank
 from peftk.nn import NF4Linear, base_layer
 from peftk.nn.dense_linear import add_low_rank
 
@@ -30,7 +31,7 @@ class Taken:
     scaling: float
 
 
-class LoraLinear(AdapterLayer):
+class LoraLinear(LowRank, AdapterLayer):
     """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype.
 
     W is the weight without adapters. The base layer stores W, or, where an adapter's start was taken out of it (PiSSA, OLoRA,
@@ -195,6 +196,9 @@ class LoraLinear(AdapterLayer):
         if self.taken is None or self.taken.owner != name:
             return A, B
         return torch.cat([A, self.taken_A.to(A.dtype)]), torch.cat([B, -self.taken_B.to(B.dtype)], dim=1)
+
+    def _matrix_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.difference(name)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T without the bias, (..., k) -> (..., n)."""

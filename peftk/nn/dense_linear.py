@@ -58,6 +58,10 @@ class _Dense(nn.Module):
         """x W^T, (..., k) -> (..., n), without the bias."""
         return functional.linear(x, self._rows())
 
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """w as ``set_dense_weight(w)`` would store it, in w's dtype; nothing is stored."""
+        return w.to(self.weight.dtype).to(w.dtype)
+
     def weight_snapshot(self) -> torch.Tensor:
         """The stored weight's bytes, a copy."""
         return self.weight.detach().clone()

@@ -181,6 +181,10 @@ class NF4Linear(nn.Linear):
         w4.dtype = self.weight_dtype
         self._store(w4, in_place=True)
 
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """w (n, k) as ``set_dense_weight(w)`` would store it, decoded to fp32; nothing is stored."""
+        return self._quantised(w, "w").dequantize(torch.float32)
+
     def weight_snapshot(self) -> NF4Weight:
         """The stored bytes, a copy."""
         w4 = self.w4
