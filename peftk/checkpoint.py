@@ -42,8 +42,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     """Write one adapter to ``folder``, which appears whole: an adapter that it holds is replaced at once, config and tensors
     together, and other files stay. Returns the folder. ValueError for an unknown adapter.
 
-    The tensors belong on the original weights: an adapter that started in them (PiSSA, OLoRA), which changed them, is saved as its
-    difference from the start, a LoRA of twice the rank. ValueError where the weights were quantised after that.
+    The tensors belong on the original weights: an adapter that started in them (PiSSA, OLoRA), which changed them, is saved as
+    its difference from the start, a LoRA of twice the rank. ValueError where the weights were quantised after that.
     """
     state = attached(model)
     if adapter_name not in state.configs:
