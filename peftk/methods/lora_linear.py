@@ -38,7 +38,7 @@ class LoraLinear(LowRank, AdapterLayer):
     LoftQ), the rest: the start's factors then go on as a branch of their own wherever that adapter does not run.
     """
 
-    VARIANTS = frozenset({"use_dora", "pissa", "olora", "loftq", "eva"})
+    VARIANTS = frozenset({"use_dora", "orthogonal", "pissa", "olora", "loftq", "eva"})
 
     def __init__(self, module: nn.Module):
         super().__init__(base_layer(module), module)
@@ -147,9 +147,7 @@ class LoraLinear(LowRank, AdapterLayer):
         return y
 
     def _forward_dora(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        for name in names:
-            if name in self.lora_magnitude_vector:
-                dora.check_unmerged(self, name)
+        dora.check_unmerged(self)
         dropout = {name: self._dropout(name) for name in names}
         if len(names) == 1 and not dropout[names[0]] and len(self._branches(names)) == 1:
             return dora.forward_alone(self, x, names[0])
@@ -223,6 +221,10 @@ class LoraLinear(LowRank, AdapterLayer):
             return w
         wide = self.factor_dtype()
         return torch.addmm(w.to(wide), self.taken_B.to(wide), self.taken_A.to(wide), alpha=self.taken.scaling)
+
+    def why_no_merge(self, name: str) -> str:
+        is_gone = self.merged and not self.keeps_original()
+        return dora.reason_beside(self.merged) if is_gone and name in self.lora_magnitude_vector else ""
 
     def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
         super().merge(names, keep_original, is_tied)
