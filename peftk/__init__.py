@@ -5,6 +5,8 @@ from peftk.checkpoint import load_adapter, save_adapter
 from peftk.format.nf4 import NF4Weight
 from peftk.info import info
 from peftk.methods import (
+    EvaConfig,
+    LoftQConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -17,6 +19,7 @@ from peftk.methods import (
     detach,
     disable_adapters,
     drop_encoder,
+    lora_plus_groups,
     merge,
     prompt_ensemble,
     qlora,
@@ -39,6 +42,8 @@ __all__ = [
     "ops",
     "use",
     # modules and models
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
@@ -52,6 +57,7 @@ __all__ = [
     "disable_adapters",
     "drop_encoder",
     "load_adapter",
+    "lora_plus_groups",
     "merge",
     "nn",
     "prompt_ensemble",

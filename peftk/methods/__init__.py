@@ -8,7 +8,8 @@ from peftk.methods.attach import (
     trainable_parameters,
 )
 from peftk.methods.combine import combine_adapters
-from peftk.methods.lora import LoraConfig
+from peftk.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+from peftk.methods.lora_plus import lora_plus_groups
 from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.p_tuning_v2 import PTuningV2Config
@@ -20,6 +21,8 @@ from peftk.methods.report import report
 from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
 __all__ = [
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
@@ -32,6 +35,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "drop_encoder",
+    "lora_plus_groups",
     "merge",
     "prompt_ensemble",
     "qlora",

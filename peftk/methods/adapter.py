@@ -58,6 +58,11 @@ class Wrapper(nn.Module):
         """What a file of ``name`` holds: the module's own tensors under HF peft's keys, below the module's path."""
         raise NotImplementedError
 
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """``adapter_tensors`` as a change of the original weights, where the module's own aren't these any more. ValueError where
+        no such tensors exist."""
+        return self.adapter_tensors(name)
+
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter's parameters."""
         raise NotImplementedError

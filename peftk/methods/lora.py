@@ -159,6 +159,21 @@ class LoraConfig:
         fields = {**dataclasses.asdict(self), "peft_type": self.peft_type, "inference_mode": True}
         return {**fields, "loftq_config": fields["loftq_config"] or {}}
 
+    def for_file(self) -> LoraConfig:
+        """What a file says: an adapter that started in W is saved as a LoRA of rank 2r with the same scaling, on W itself."""
+        if family(self.init_lora_weights) not in TAKEN_FROM_W:
+            return self
+        grown = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=grown * self.lora_alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: grown * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights=True,
+            loftq_config=None,
+        )
+
     def inject(self, model: nn.Module, name: str) -> LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""

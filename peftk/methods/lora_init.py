@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
 
 logger = logging.getLogger("peftk")
+OVERSAMPLING = 8
 
 
 @dataclass
@@ -57,12 +58,13 @@ def _orthogonal(n: int, k: int, r: int, **facts: Any) -> tuple[torch.Tensor, tor
 
 
 def pissa(w: torch.Tensor, r: int, scaling: float, config: LoraConfig) -> Start:
-    """W (n, k) ~ U S V^T: B = U sqrt(S / s), A = sqrt(S / s) V^T. ``pissa_niter_N``: by N subspace iterations, much faster."""
+    """W (n, k) ~ U S V^T: B = U sqrt(S / s), A = sqrt(S / s) V^T. ``pissa_niter_N``: by N subspace iterations, much faster, in
+    a space that is a little larger than r (Halko et al. 2009, section 4.2), without which it misses part of the last values."""
     iterations = niter(config.init_lora_weights)
     if iterations is None:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
     else:
-        u, s, v = torch.svd_lowrank(w, r, iterations)
+        u, s, v = torch.svd_lowrank(w, min(r + OVERSAMPLING, *w.shape), iterations)
         vt = v.T
     return Start(*_split(u, s, vt, r, scaling))
 

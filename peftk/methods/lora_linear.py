@@ -38,7 +38,7 @@ class LoraLinear(LowRank, AdapterLayer):
     LoftQ), the rest: the start's factors then go on as a branch of their own wherever that adapter does not run.
     """
 
-    VARIANTS = frozenset({"use_dora", "pissa", "olora", "loftq", "eva"})
+    VARIANTS = frozenset({"use_dora", "orthogonal", "pissa", "olora", "loftq", "eva"})
 
     def __init__(self, module: nn.Module):
         super().__init__(base_layer(module), module)
@@ -111,6 +111,19 @@ class LoraLinear(LowRank, AdapterLayer):
             found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
         return found
 
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Of an adapter that started in W a LoRA of rank 2r on W itself. ValueError for a base in 4 bits."""
+        found = self.adapter_tensors(name)
+        if self.taken is None or self.taken.owner != name:
+            return found
+        if isinstance(self.base_layer, NF4Linear):
+            raise ValueError(
+                f"{name} took its start out of weights that were then quantised: what they lost is of full rank, so no LoRA "
+                "file on the original weights computes the same. Save model.state_dict(), or merge the adapter"
+            )
+        A, B = self.difference(name)
+        return {**found, "lora_A.weight": A, "lora_B.weight": B}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rows is not None:
             return self._forward_rows(x)
@@ -134,9 +147,7 @@ class LoraLinear(LowRank, AdapterLayer):
         return y
 
     def _forward_dora(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        for name in names:
-            if name in self.lora_magnitude_vector:
-                dora.check_unmerged(self, name)
+        dora.check_unmerged(self)
         dropout = {name: self._dropout(name) for name in names}
         if len(names) == 1 and not dropout[names[0]] and len(self._branches(names)) == 1:
             return dora.forward_alone(self, x, names[0])
@@ -210,6 +221,10 @@ class LoraLinear(LowRank, AdapterLayer):
             return w
         wide = self.factor_dtype()
         return torch.addmm(w.to(wide), self.taken_B.to(wide), self.taken_A.to(wide), alpha=self.taken.scaling)
+
+    def why_no_merge(self, name: str) -> str:
+        is_gone = self.merged and not self.keeps_original()
+        return dora.reason_beside(self.merged) if is_gone and name in self.lora_magnitude_vector else ""
 
     def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
         super().merge(names, keep_original, is_tied)
