@@ -19,9 +19,11 @@ from torch import nn
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
 from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
+from peftk.methods.lora_experts import LoraExperts
 from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.lora_rules import check_config, check_layers
+from peftk.methods.target_parameters import select_parameters
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_can_be_saved_whole,
@@ -32,7 +34,7 @@ from peftk.methods.targets import (
     short_names,
     visible_modules,
 )
-from peftk.nn import DenseConv1D, base_layer, is_adaptable
+from peftk.nn import DenseConv1D, Experts, base_layer, is_adaptable, is_experts
 from peftk.progress import track
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
@@ -84,6 +86,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the branch's input, in training
     target_modules: list[str] | str | None = None  # names, a regular expression, "all-linear"; None: q and v by architecture
+    target_parameters: list[str] | None = None  # names of 3-D weights of fused experts: "experts.down_proj"
     exclude_modules: list[str] | str | None = None  # taken out of target_modules
     layers_to_transform: list[int] | int | None = None  # of numbered layers these only
     layers_pattern: list[str] | str | None = None  # what the list of layers is called; None: anything
@@ -106,7 +109,7 @@ class LoraConfig:
     peft_type = "LORA"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             if isinstance(value := getattr(self, name), set | tuple):
                 setattr(self, name, sorted(value))
         for name, kind, start in (("loftq_config", LoftQConfig, "loftq"), ("eva_config", EvaConfig, "eva")):
@@ -117,10 +120,10 @@ class LoraConfig:
             "lora_dropout": (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
             "target_modules": (_are_names(self.target_modules), "names or a regular expression"),
             "exclude_modules": (_are_names(self.exclude_modules), "names or a regular expression"),
-            "modules_to_save": (
-                _are_names(self.modules_to_save) and not isinstance(self.modules_to_save, str),
-                "a list of names",
-            ),
+            **{
+                name: (_are_names(value := getattr(self, name)) and not isinstance(value, str), "a list of names")
+                for name in ("target_parameters", "modules_to_save")
+            },
             "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
             "use_rslora": (isinstance(self.use_rslora, bool), "True or False"),
             "use_dora": (isinstance(self.use_dora, bool), "True or False"),
@@ -178,21 +181,26 @@ class LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
-        paths = select(model, self, _is_supported, _is_wrapper)
+        stacked = select_parameters(modules, self.target_parameters or ())
+        wants_modules = self.target_modules or not self.target_parameters  # beside parameters None means none, as in HF peft
+        paths = select(model, self, _is_supported, _is_wrapper) if wants_modules else []
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
-        check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in paths})
+        check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in [*paths, *stacked]})
         sizes = {path: self._rank_and_scaling(path) for path in paths}
         for path, (rank, _) in sizes.items():
-            check_rank(path, modules[path], rank)
+            check_rank(path, modules[path], rank, self)
         starts = self._starts({path: modules[path] for path in paths}, sizes)
-        put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
+        put_in_place(model, {modules[p]: wrap for p in [*paths, *stacked]} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
             layer = model.get_submodule(path)
             layer.add_adapter(name, *sizes[path], self)
             if path in starts:
                 layer.take_start(name, starts.pop(path))
+        for path, parameters in stacked.items():
+            for parameter in parameters:
+                model.get_submodule(path).add_adapter(name, parameter, *self._rank_and_scaling(f"{path}.{parameter}"), self)
         for path in whole:
             model.get_submodule(path).add_adapter(name)
         return self._resolved(model, modules, paths, whole)
@@ -216,7 +224,9 @@ class LoraConfig:
             config.target_modules = short_names(modules, paths, self)
         if whole:
             config.modules_to_save = sorted({*(self.modules_to_save or ()), *(path.rpartition(".")[2] for path in whole)})
-        config.fan_in_fan_out = all(isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths)
+        config.fan_in_fan_out = bool(paths) and all(
+            isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths
+        )
         return config
 
 
@@ -264,6 +274,8 @@ def layer_class(module: nn.Module) -> type[AdapterLayer]:
         return type(module)
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
+    if isinstance(module, Experts) or is_experts(module):
+        return LoraExperts
     return LoraConv if type(module) in CONVOLUTIONS else LoraLinear
 
 
