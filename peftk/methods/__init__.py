@@ -8,6 +8,7 @@ from peftk.methods.attach import (
     trainable_parameters,
 )
 from peftk.methods.combine import combine_adapters
+from peftk.methods.eva import eva_init
 from peftk.methods.lora import EvaConfig, LoftQConfig, LoraConfig
 from peftk.methods.lora_plus import lora_plus_groups
 from peftk.methods.merge import disable_adapters, merge, unmerge
@@ -35,6 +36,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "drop_encoder",
+    "eva_init",
     "lora_plus_groups",
     "merge",
     "prompt_ensemble",

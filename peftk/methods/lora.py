@@ -200,7 +200,11 @@ class LoraConfig:
     def _rank_and_scaling(self, path: str) -> tuple[int, float]:
         rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return rank, self.scaling_of(rank, alpha)
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        """What B A is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _starts(self, modules: dict[str, nn.Module], sizes: dict[str, tuple[int, float]]) -> dict[str, Start]:
         """What is taken out of the layers' weights, by path; nothing is changed yet, so that an error leaves all as it was."""

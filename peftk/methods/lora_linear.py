@@ -85,6 +85,13 @@ class LoraLinear(LowRank, AdapterLayer):
         if name in self.lora_magnitude_vector:
             self.add_magnitude(name)
 
+    def set_directions(self, name: str, A: torch.Tensor, scaling: float) -> None:
+        """A fresh adapter again, with A (r, k) as given, of whatever rank, and B zero: new Parameters."""
+        self.lora_A[name] = nn.Parameter(A.to(self.weight.device, self.factor_dtype(), copy=True))
+        self.lora_B[name] = nn.Parameter(self.lora_A[name].new_zeros(self.out_features, A.shape[0]))
+        self.scaling[name] = scaling
+        self.norms.scales.pop(name, None)
+
     def _become_nf4(self, start: Start) -> None:
         """The base layer is in 4 bits from now on, also when the adapters are gone."""
         module = NF4Linear.from_linear(self._original[0], start.w4.block_size, start.w4.absmax_scale is not None)
