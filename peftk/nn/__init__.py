@@ -9,8 +9,19 @@ weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so t
 
 from peftk.nn.base import base_layer, is_adaptable
 from peftk.nn.dense_linear import DenseConv1D, DenseLinear
+from peftk.nn.experts import Experts, is_experts
 from peftk.nn.int8_activations import use_int8_activations
 from peftk.nn.nf4_linear import NF4Linear
 from peftk.nn.quantize_model import quantize_model
 
-__all__ = ["DenseConv1D", "DenseLinear", "NF4Linear", "base_layer", "is_adaptable", "quantize_model", "use_int8_activations"]
+__all__ = [
+    "DenseConv1D",
+    "DenseLinear",
+    "Experts",
+    "NF4Linear",
+    "base_layer",
+    "is_adaptable",
+    "is_experts",
+    "quantize_model",
+    "use_int8_activations",
+]
