@@ -174,11 +174,15 @@ class LoraConfig:
             loftq_config=None,
         )
 
+    def targets(self, model: nn.Module) -> list[str]:
+        """Paths of the modules that this config selects. ValueError where it selects none, or what can't be adapted."""
+        return select(model, self, _is_supported, _is_wrapper)
+
     def inject(self, model: nn.Module, name: str) -> LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
-        paths = select(model, self, _is_supported, _is_wrapper)
+        paths = self.targets(model)
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
