@@ -119,9 +119,7 @@ def test_merge_and_exact_unmerge(base):
     assert len(report.weights) == 2 * 2 * 4 and report["model.layers.1.mlp.experts.down_proj[3]"].adapters == ("a", "b")
     merge(m, "b")
     layer = m.model.layers[0].mlp.experts
-    if base == "nf4":  # what b has no branch for keeps its bytes
-        key = "model.layers.0.mlp.experts.gate_up_proj.1.weight"
-        assert torch.equal(layer.base_layer.gate_up_proj[1].weight.flatten(), before[key].flatten())
+    assert {part.parameter for part in layer.parts(["b"])} == {"down_proj"}  # what b has no branch for isn't rounded again
     merge(m, "a")
     error = (logits(m) - y["['a', 'b']"]).norm() / y["a"].norm()
     assert error < (1e-5 if base == "dense" else 0.5)
