@@ -8,7 +8,9 @@ from peftk.methods.attach import (
     trainable_parameters,
 )
 from peftk.methods.combine import combine_adapters
-from peftk.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+from peftk.methods.eva import eva_init
+from peftk.methods.lora import LoraConfig
+from peftk.methods.lora_fields import EvaConfig, LoftQConfig
 from peftk.methods.lora_plus import lora_plus_groups
 from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.p_tuning import PTuningConfig
@@ -35,6 +37,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "drop_encoder",
+    "eva_init",
     "lora_plus_groups",
     "merge",
     "prompt_ensemble",

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +18,7 @@ from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
 from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
 from peftk.methods.lora_experts import LoraExperts
+from peftk.methods.lora_fields import EvaConfig, LoftQConfig, are_names, is_number, is_pattern, is_rank, sub_config
 from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.lora_rules import check_config, check_layers
@@ -42,40 +41,6 @@ _INFORMATIVE = {
     "peft_type", "peft_version", "auto_mapping", "revision", "runtime_config", "megatron_core", "qalora_group_size",
     "corda_config", "lora_ga_config",
 }  # fmt: skip
-
-
-@dataclass
-class LoftQConfig:
-    """HF peft's fields, and how the weight is quantised, which HF peft leaves to another place."""
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1  # alternations of quantising and decomposing
-    block_size: int = 64
-    double_quant: bool = True
-
-    def __post_init__(self) -> None:
-        if self.loftq_bits != 4:
-            raise ValueError(f"loftq_bits: expected 4, as the weights are NF4, got {self.loftq_bits!r}")
-        if not _is_rank(self.loftq_iter):
-            raise ValueError(f"loftq_iter: expected a positive integer, got {self.loftq_iter!r}")
-
-
-@dataclass
-class EvaConfig:
-    """HF peft's fields (Paischer et al. 2024)."""
-
-    rho: float = 2.0  # a layer's rank may grow to rho * r; 1 leaves all as they are
-    tau: float = 0.99  # cosine with the step before from which a direction counts as found
-    use_label_mask: bool = True  # tokens whose label is label_mask_value don't count
-    label_mask_value: int = -100
-    whiten: bool = False  # divide each direction by the square root of its singular value
-    adjust_scaling_factors: bool = True  # alpha grows with the rank, so that alpha / r stays
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.rho) or self.rho < 1:
-            raise ValueError(f"rho: expected a number of at least 1, got {self.rho!r}")
-        if not _is_number(self.tau) or not 0 <= self.tau <= 1:
-            raise ValueError(f"tau: expected a cosine in [0, 1], got {self.tau!r}")
 
 
 @dataclass
@@ -113,22 +78,22 @@ class LoraConfig:
             if isinstance(value := getattr(self, name), set | tuple):
                 setattr(self, name, sorted(value))
         for name, kind, start in (("loftq_config", LoftQConfig, "loftq"), ("eva_config", EvaConfig, "eva")):
-            setattr(self, name, _sub_config(name, getattr(self, name), kind, self.init_lora_weights == start))
+            setattr(self, name, sub_config(name, getattr(self, name), kind, self.init_lora_weights == start))
         checks = {
-            "r": (_is_rank(self.r), "a positive integer"),
-            "lora_alpha": (_is_number(self.lora_alpha), "a finite number"),
-            "lora_dropout": (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
-            "target_modules": (_are_names(self.target_modules), "names or a regular expression"),
-            "exclude_modules": (_are_names(self.exclude_modules), "names or a regular expression"),
+            "r": (is_rank(self.r), "a positive integer"),
+            "lora_alpha": (is_number(self.lora_alpha), "a finite number"),
+            "lora_dropout": (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
+            "target_modules": (are_names(self.target_modules), "names or a regular expression"),
+            "exclude_modules": (are_names(self.exclude_modules), "names or a regular expression"),
             **{
-                name: (_are_names(value := getattr(self, name)) and not isinstance(value, str), "a list of names")
+                name: (are_names(value := getattr(self, name)) and not isinstance(value, str), "a list of names")
                 for name in ("target_parameters", "modules_to_save")
             },
             "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
             "use_rslora": (isinstance(self.use_rslora, bool), "True or False"),
             "use_dora": (isinstance(self.use_dora, bool), "True or False"),
-            "rank_pattern": (_is_pattern(self.rank_pattern, _is_rank), "regular expressions with positive ranks"),
-            "alpha_pattern": (_is_pattern(self.alpha_pattern, _is_number), "regular expressions with finite numbers"),
+            "rank_pattern": (is_pattern(self.rank_pattern, is_rank), "regular expressions with positive ranks"),
+            "alpha_pattern": (is_pattern(self.alpha_pattern, is_number), "regular expressions with finite numbers"),
             "layers_to_transform": (
                 self.layers_to_transform is None or not isinstance(self.target_modules, str),
                 "None where target_modules is one string (give a list of names)",
@@ -177,13 +142,19 @@ class LoraConfig:
             loftq_config=None,
         )
 
+    def targets(self, model: nn.Module) -> list[str]:
+        """Paths of the modules that this config selects, without target_parameters', beside which None means none, as in HF peft.
+        ValueError where nothing is selected, or what can't be adapted."""
+        if self.target_parameters and not self.target_modules:
+            return []
+        return select(model, self, _is_supported, _is_wrapper)
+
     def inject(self, model: nn.Module, name: str) -> LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
         stacked = select_parameters(modules, self.target_parameters or ())
-        wants_modules = self.target_modules or not self.target_parameters  # beside parameters None means none, as in HF peft
-        paths = select(model, self, _is_supported, _is_wrapper) if wants_modules else []
+        paths = self.targets(model)
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
@@ -208,7 +179,11 @@ class LoraConfig:
     def _rank_and_scaling(self, path: str) -> tuple[int, float]:
         rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return rank, self.scaling_of(rank, alpha)
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        """What B A is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _starts(self, modules: dict[str, nn.Module], sizes: dict[str, tuple[int, float]]) -> dict[str, Start]:
         """What is taken out of the layers' weights, by path; nothing is changed yet, so that an error leaves all as it was."""
@@ -228,32 +203,6 @@ class LoraConfig:
             isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths
         )
         return config
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_expression(value: str) -> bool:
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
-
-
-def _are_names(value: Any) -> bool:
-    if value is None or isinstance(value, str):
-        return value is None or _is_expression(value)
-    return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
-
-
-def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(_is_expression(key) and is_right(v) for key, v in value.items())
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -287,16 +236,3 @@ def wrap(module: nn.Module) -> AdapterLayer:
 def _weight_of(module: nn.Module) -> torch.Tensor:
     """W (n, k) of a linear layer, plain or with adapters."""
     return module.read_weight() if isinstance(module, AdapterLayer) else base_layer(module).dense_weight()
-
-
-def _sub_config(name: str, value: Any, kind: type, is_used: bool) -> Any:
-    """An instance of ``kind`` from one, from a dict, from HF peft's of the same fields; the defaults where None is used."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, kind):
-        value = dataclasses.asdict(value)
-    if not value:
-        return kind() if is_used else None
-    if not isinstance(value, kind | dict):
-        raise ValueError(f"{name}: expected a {kind.__name__} or a dict of its fields, got {value!r}")
-    if isinstance(value, dict) and (unknown := sorted(set(value) - {f.name for f in dataclasses.fields(kind)})):
-        raise ValueError(f"{name}: expected fields of {kind.__name__}, got {', '.join(unknown)}")
-    return kind(**value) if isinstance(value, dict) else value

@@ -23,8 +23,8 @@ def lora_plus_groups(
 
     ``lr`` for A and whatever else is trained (whole modules among it), ``lr_embedding`` for adapters of embeddings, and
     ``ratio * lr`` for B and for what has one dimension (DoRA's magnitudes, biases, norms; the last two are not decayed). Each
-    group has its ``name``, so that a record of learning rates can say which is which. ValueError for a model without adapters, a rate that is
-    negative, or a ratio below 1.
+    group has its ``name``, so that a record of learning rates can say which is which. ValueError for a model without adapters,
+    a rate that is negative, or a ratio below 1.
     """
     attached(model)
     for name, value, least in (

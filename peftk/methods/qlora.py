@@ -6,14 +6,17 @@ Norms, embeddings and head keep their dtype. The paper's settings (section 4, ap
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
 
-from peftk.methods.attach import attach, check_new_name
+from peftk.methods.attach import attach, check_new_name, find_attached, wrappers
 from peftk.methods.lora import LoraConfig
+from peftk.methods.lora_init import TAKEN_FROM_W, family
+from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.targets import TASK_HEADS, output_heads
-from peftk.nn import quantize_model
+from peftk.nn import quantizable, quantize_model
 
 
 def qlora_config(**changes: Any) -> LoraConfig:
@@ -33,7 +36,8 @@ def qlora(
 ) -> nn.Module:
     """Quantise the model in place, a layer at a time, and attach LoRA to it (``qlora_config()`` if None). Returns the model.
 
-    The output head, the config's ``modules_to_save`` and the heads of classification models stay dense.
+    The output head, the config's ``modules_to_save`` and the heads of classification models stay dense. Starts that are taken
+    out of the weights (PiSSA, OLoRA, LoftQ) are taken out of the dense ones, and the rest is then quantised.
     ``gradient_checkpointing`` needs a transformers model (or one with the same two methods); TypeError, before anything is
     changed, without them.
     """
@@ -41,11 +45,31 @@ def qlora(
     check_new_name(model, adapter_name)
     if gradient_checkpointing:
         _check_checkpointing(model)
-    quantize_model(model, _kept_dense(model, config), block_size, double_quant, progress)
+    kept = _kept_dense(model, config)
+    if family(config.init_lora_weights) in TAKEN_FROM_W:
+        _attach_and_quantize(model, config, adapter_name, kept, block_size, double_quant)
+    quantize_model(model, kept, block_size, double_quant, progress)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    return attach(model, config, adapter_name)
+    state = find_attached(model)
+    return model if state is not None and adapter_name in state.configs else attach(model, config, adapter_name)
+
+
+def _attach_and_quantize(
+    model: nn.Module, config: LoraConfig, name: str, kept: tuple[str, ...], block_size: int, double_quant: bool
+) -> None:
+    """The adapted layers, of which those in ``kept`` stay dense. ValueError where LoftQ would quantise one of these."""
+    wanted = quantizable(model, kept)
+    if config.init_lora_weights == "loftq":
+        loftq = dataclasses.replace(config.loftq_config, block_size=block_size, double_quant=double_quant)
+        config = dataclasses.replace(config, loftq_config=loftq)
+        if dense := [path for path in config.targets(model) if path not in wanted]:
+            raise ValueError(f"target_modules: expected layers that are quantised with loftq, got {', '.join(dense)}, kept dense")
+    attach(model, config, name)
+    for path, layer in wrappers(model, LoraLinear):
+        if path in wanted:
+            layer.quantize_base(block_size, double_quant)
 
 
 def _kept_dense(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:

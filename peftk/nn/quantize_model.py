@@ -60,6 +60,13 @@ def quantize_model(
     return model
 
 
+def quantizable(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> set[str]:
+    """Paths of the linear layers that ``quantize_model`` would replace: each one's every path."""
+    shared = _shared_weights(model)
+    found = ((paths, model.get_submodule(paths[0])) for paths in _Places(model, skip).found)
+    return {path for paths, module in found if _is_dense(module) and id(module.weight) not in shared for path in paths}
+
+
 def _put(model: nn.Module, paths: list[str], layer: nn.Module) -> None:
     for path in paths:
         parent, _, child = path.rpartition(".")
