@@ -45,10 +45,14 @@ class LoraExperts(AdapterLayer):
         return stored[0].weight if isinstance(stored, nn.ModuleList) else stored
 
     def original(self) -> nn.Module:
+        return self._plain().train(self.training)
+
+    def _plain(self) -> nn.Module:
+        """The module that stood here, with the weights as they are now: it may have a faster way for all experts at once."""
         module = self._original[0]
         if module is not self.base_layer:
             module._parameters.update(self.base_layer._parameters)
-        return module.train(self.training)
+        return module
 
     def adapter_names(self) -> list[str]:
         return list(self.scaling)
@@ -93,7 +97,7 @@ class LoraExperts(AdapterLayer):
         elif names := self.running():
             project = _Added(self.base_layer, [self._branches(name) for name in names])
         else:
-            return self.base_layer.forward(hidden_states, top_k_index, top_k_weights)
+            return self._plain().forward(hidden_states, top_k_index, top_k_weights)
         return self.base_layer.forward(hidden_states, top_k_index, top_k_weights, project)
 
     def _branches(self, name: str) -> dict[str, _Branch]:
