@@ -32,6 +32,8 @@ class LoraExperts(AdapterLayer):
     No difference of a weight's size is made, as HF peft makes one, or the sum with it, in every forward pass; so dropout works.
     """
 
+    VARIANTS = frozenset({"orthogonal"})
+
     def __init__(self, module: nn.Module):
         super().__init__(module if isinstance(module, Experts) else Experts.from_module(module), module)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # by weight, by adapter

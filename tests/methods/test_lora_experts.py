@@ -98,12 +98,16 @@ def test_starts_at_the_base_and_detaches_to_it(base):
     m = model("gpt_oss", base)
     flags = {name: p.requires_grad for name, p in m.named_parameters()}
     plain, y = [type(module) for module in m.modules()], logits(m)
+    attach(m, LoraConfig(**FIELDS | {"r": 4, "init_lora_weights": "orthogonal"}), "second")
     attach(m, LoraConfig(**FIELDS))
-    torch.testing.assert_close(logits(m), y, rtol=1e-5, atol=1e-5)
+    for names in ("default", "second"):
+        set_adapter(m, names)
+        torch.testing.assert_close(logits(m), y, rtol=1e-5, atol=1e-5)
     with disable_adapters(m):
         assert torch.equal(logits(m), y)
     assert {name.split(".")[-3] for name, p in m.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    detach(tiny.fill(m))
+    tiny.fill(m, "second")
+    detach(m)
     assert [type(module) for module in m.modules()] == plain and torch.equal(logits(m), y)
     assert {name: p.requires_grad for name, p in m.named_parameters()} == flags
 
@@ -283,8 +287,8 @@ def test_all_linear_leaves_experts_as_hf_does():
             r"fused experts by .*, got model\.layers\.0\.self_attn\.q_proj\.weight",
         ),
         ({"target_parameters": "experts.down_proj"}, r"target_parameters: expected a list of names, got 'experts\.down_proj'"),
-        ({**FIELDS, "use_dora": True}, r"experts: use_dora: expected a linear layer, got a MixtralExperts"),
-        ({**FIELDS, "init_lora_weights": "pissa"}, r"experts: pissa: expected a linear layer"),
+        ({**FIELDS, "use_dora": True}, r"experts: use_dora is not defined for a MixtralExperts"),
+        ({**FIELDS, "init_lora_weights": "pissa"}, r"experts: pissa is not defined for a MixtralExperts"),
         ({"target_modules": []}, r"target_modules: expected names of the model's layers, got \[\], which matches none"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
