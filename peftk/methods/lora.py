@@ -17,12 +17,11 @@ from torch import nn
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
 from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
-from peftk.methods.lora_experts import LoraExperts
 from peftk.methods.lora_fields import EvaConfig, LoftQConfig, are_names, is_number, is_pattern, is_rank, sub_config
 from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.lora_rules import check_config, check_layers
-from peftk.methods.target_parameters import select_parameters
+from peftk.methods.target_parameters import parameters_class, select_parameters
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_can_be_saved_whole,
@@ -33,7 +32,7 @@ from peftk.methods.targets import (
     short_names,
     visible_modules,
 )
-from peftk.nn import DenseConv1D, Experts, base_layer, is_adaptable, is_experts
+from peftk.nn import DenseConv1D, base_layer, is_adaptable
 from peftk.progress import track
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
@@ -51,7 +50,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the branch's input, in training
     target_modules: list[str] | str | None = None  # names, a regular expression, "all-linear"; None: q and v by architecture
-    target_parameters: list[str] | None = None  # names of 3-D weights of fused experts: "experts.down_proj"
+    target_parameters: list[str] | None = None  # names of parameters, experts' 3-D weights for one: "experts.down_proj"
     exclude_modules: list[str] | str | None = None  # taken out of target_modules
     layers_to_transform: list[int] | int | None = None  # of numbered layers these only
     layers_pattern: list[str] | str | None = None  # what the list of layers is called; None: anything
@@ -153,17 +152,20 @@ class LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
-        stacked = select_parameters(modules, self.target_parameters or ())
+        stacked = select_parameters(modules, self.target_parameters or (), self.lora_dropout)
         paths = self.targets(model)
+        if both := [path for path in paths if path in stacked]:
+            raise ValueError(f"target_parameters: {both[0]} is adapted whole by target_modules already")
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
-        check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in [*paths, *stacked]})
+        kinds = {path: layer_class(modules[path]) for path in paths} | {p: parameters_class(modules[p]) for p in stacked}
+        check_layers(self, model, {path: (modules[path], kind) for path, kind in kinds.items()})
         sizes = {path: self._rank_and_scaling(path) for path in paths}
         for path, (rank, _) in sizes.items():
             check_rank(path, modules[path], rank, self)
         starts = self._starts({path: modules[path] for path in paths}, sizes)
-        put_in_place(model, {modules[p]: wrap for p in [*paths, *stacked]} | {modules[p]: ModuleToSave for p in whole})
+        put_in_place(model, {modules[p]: kind for p, kind in kinds.items()} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
             layer = model.get_submodule(path)
             layer.add_adapter(name, *sizes[path], self)
@@ -223,14 +225,7 @@ def layer_class(module: nn.Module) -> type[AdapterLayer]:
         return type(module)
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
-    if isinstance(module, Experts) or is_experts(module):
-        return LoraExperts
     return LoraConv if type(module) in CONVOLUTIONS else LoraLinear
-
-
-def wrap(module: nn.Module) -> AdapterLayer:
-    """The module with a place for LoRA adapters."""
-    return layer_class(module)(module)
 
 
 def _weight_of(module: nn.Module) -> torch.Tensor:

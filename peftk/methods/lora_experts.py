@@ -35,16 +35,32 @@ class LoraExperts(AdapterLayer):
     VARIANTS = frozenset({"orthogonal"})
 
     def __init__(self, module: nn.Module):
-        super().__init__(module if isinstance(module, Experts) else Experts.from_module(module), module)
+        super().__init__(self._base_of(module), module)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # by weight, by adapter
         self.scaling: dict[str, dict[str, float]] = {}  # by adapter, by weight
         self.dropout: dict[str, float] = {}
 
+    @staticmethod
+    def _base_of(module: nn.Module) -> nn.Module:
+        return module if isinstance(module, Experts) else Experts.from_module(module)
+
     @property
     def weight(self) -> torch.Tensor:
         """The first of the weights, or its first expert's."""
-        stored = getattr(self.base_layer, self.base_layer.projections()[0])
+        stored = getattr(self.base_layer, self.weights()[0])
         return stored[0].weight if isinstance(stored, nn.ModuleList) else stored
+
+    def weights(self) -> list[str]:
+        """Names of the weights that can have branches, in the module's order."""
+        return self.base_layer.projections()
+
+    def count(self, parameter: str) -> int:
+        """How many matrices a weight holds."""
+        return self.base_layer.num_experts
+
+    def matrix(self, parameter: str, expert: int) -> Any:
+        """One of them, behind the base-layer interface."""
+        return self.base_layer.matrix(parameter, expert)
 
     def original(self) -> nn.Module:
         return self._plain().train(self.training)
@@ -61,13 +77,13 @@ class LoraExperts(AdapterLayer):
 
     def targets(self, name: str) -> list[str]:
         """The weights that an adapter has branches for, in the module's order."""
-        return [p for p in self.base_layer.projections() if p in self.scaling.get(name, {})]
+        return [p for p in self.weights() if p in self.scaling.get(name, {})]
 
     def add_adapter(self, name: str, parameter: str, r: int, scaling: float, config: LoraConfig) -> None:
         """Fresh factors for the experts of one weight, each expert's as a linear layer's."""
-        n, k = self.base_layer.matrix(parameter, 0).dense_weight().shape
+        n, k = self.matrix(parameter, 0).dense_weight().shape
         facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
-        drawn = [draw(config.init_lora_weights, n, k, r, **facts) for _ in range(self.base_layer.num_experts)]
+        drawn = [draw(config.init_lora_weights, n, k, r, **facts) for _ in range(self.count(parameter))]
         for table, factor in ((self.lora_A, _rows([A for A, _ in drawn])), (self.lora_B, _columns([B for _, B in drawn]))):
             if parameter not in table:
                 table[parameter] = nn.ParameterDict()
@@ -109,7 +125,7 @@ class LoraExperts(AdapterLayer):
 
     def _apart(self, name: str, parameter: str) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """A (r, k) and B (n, r) for each expert."""
-        A, B, count = self.lora_A[parameter][name], self.lora_B[parameter][name], self.base_layer.num_experts
+        A, B, count = self.lora_A[parameter][name], self.lora_B[parameter][name], self.count(parameter)
         apart = B.view(B.shape[0], -1, count).permute(2, 0, 1).contiguous()
         return A.view(count, -1, A.shape[1]).unbind(0), apart.unbind(0)
 
@@ -133,22 +149,21 @@ class LoraExperts(AdapterLayer):
     def parts(self, names: Iterable[str]) -> list[ExpertPart]:
         """A matrix for each expert of each weight that one of the adapters changes."""
         names = list(names)
-        changed = [p for p in self.base_layer.projections() if any(p in self.targets(name) for name in names)]
-        return [ExpertPart(self, p, expert) for p in changed for expert in range(self.base_layer.num_experts)]
+        changed = [p for p in self.weights() if any(p in self.targets(name) for name in names)]
+        return [ExpertPart(self, p, expert) for p in changed for expert in range(self.count(p))]
 
     def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
         if is_tied:
-            raise ValueError("expected experts of a module of its own, got weights that are tied to another module's")
+            raise ValueError("expected weights of a module of its own, got some that are tied to another module's")
         super().merge(names, keep_original, is_tied)
 
     def take_snapshot(self) -> dict[str, list[Any]]:
-        experts = range(self.base_layer.num_experts)
-        return {p: [self.base_layer.matrix(p, e).weight_snapshot() for e in experts] for p in self.lora_A}
+        return {p: [self.matrix(p, e).weight_snapshot() for e in range(self.count(p))] for p in self.lora_A}
 
     def restore_snapshot(self, snapshot: dict[str, list[Any]]) -> None:
         for parameter, matrices in snapshot.items():
             for expert, stored in enumerate(matrices):
-                self.base_layer.matrix(parameter, expert).restore_weight(stored)
+                self.matrix(parameter, expert).restore_weight(stored)
 
 
 def _rows(factors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -175,7 +190,7 @@ class ExpertPart:
 
     @property
     def _matrix(self) -> Any:
-        return self.layer.base_layer.matrix(self.parameter, self.expert)
+        return self.layer.matrix(self.parameter, self.expert)
 
     @property
     def weight(self) -> torch.Tensor:

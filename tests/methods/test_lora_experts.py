@@ -280,7 +280,7 @@ def test_all_linear_leaves_experts_as_hf_does():
     [
         (
             {"target_parameters": ["experts.up"]},
-            r"target_parameters: expected names of experts' weights, got 'experts\.up'",
+            r"target_parameters: expected names of parameters, got 'experts\.up'",
         ),
         (
             {"target_parameters": ["q_proj.weight"]},
