@@ -282,10 +282,6 @@ def test_all_linear_leaves_experts_as_hf_does():
             {"target_parameters": ["experts.up"]},
             r"target_parameters: expected names of parameters, got 'experts\.up'",
         ),
-        (
-            {"target_parameters": ["q_proj.weight"]},
-            r"fused experts by .*, got model\.layers\.0\.self_attn\.q_proj\.weight",
-        ),
         ({"target_parameters": "experts.down_proj"}, r"target_parameters: expected a list of names, got 'experts\.down_proj'"),
         ({**FIELDS, "use_dora": True}, r"experts: use_dora is not defined for a MixtralExperts"),
         ({**FIELDS, "init_lora_weights": "pissa"}, r"experts: pissa is not defined for a MixtralExperts"),
