@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from numerics import row_scaled
+from numerics import Largest, row_scaled
 from tiny_models import MODELS, Net, fill, gradients_of_hf, llama, run, twins, weight_grads
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftk
 from peftk.checkpoint import adapter_tensors
@@ -183,20 +182,6 @@ def test_merge_and_exact_unmerge(base):
     assert all(torch.equal(a, b) for a, b in zip(tensors(stored), tensors(again), strict=True))
     with torch.no_grad():
         assert torch.equal(run(model, "net"), before)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any op made in memory of its own."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.numel = max(self.numel, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
