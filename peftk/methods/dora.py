@@ -37,6 +37,7 @@ class Decomposed(LowRank):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.lora_magnitude_vector = nn.ParameterDict()  # (n,) or a shape of n elements, of the adapters with DoRA
+        self.with_dora: set[str] = set()  # its names: asking a ParameterDict costs as much as a small product
         self.norms = Norms()
 
     def matrix(self) -> torch.Tensor:
@@ -61,20 +62,22 @@ class Decomposed(LowRank):
         norm = weight_norm(self, name)
         norm = norm.masked_fill(norm.isinf(), 0).to(self.factor_dtype())
         self.lora_magnitude_vector[name] = nn.Parameter(norm.view(self.magnitude_shape()))
+        self.with_dora.add(name)
 
     def drop_magnitude(self, name: str) -> None:
         """Nothing where there is none."""
         self.norms.scales.pop(name, None)
-        if name in self.lora_magnitude_vector:
+        if name in self.with_dora:
             del self.lora_magnitude_vector[name]
+            self.with_dora.remove(name)
 
     def magnitudes(self, name: str) -> dict[str, nn.Parameter]:
         """By HF peft's key; empty without DoRA."""
-        return {"lora_magnitude_vector": self.lora_magnitude_vector[name]} if name in self.lora_magnitude_vector else {}
+        return {"lora_magnitude_vector": self.lora_magnitude_vector[name]} if name in self.with_dora else {}
 
     def have_dora(self, names: Iterable[str]) -> bool:
         """Whether one of them does."""
-        return len(self.lora_magnitude_vector) > 0 and any(name in self.lora_magnitude_vector for name in names)
+        return not self.with_dora.isdisjoint(names)
 
     def why_no_merge(self, name: str) -> str:
         is_gone = self.merged and not self.keeps_original()

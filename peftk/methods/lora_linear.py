@@ -78,7 +78,7 @@ class LoraLinear(Decomposed, AdapterLayer):
         self.register_buffer("taken_A", start.A.clone(), persistent=False)
         self.register_buffer("taken_B", start.B.clone(), persistent=False)
         self.norms.drop()
-        if name in self.lora_magnitude_vector:
+        if name in self.with_dora:
             self.add_magnitude(name)
 
     def set_directions(self, name: str, A: torch.Tensor, scaling: float) -> None:
