@@ -20,8 +20,8 @@ class OwnMixture(nn.Module):
     def __init__(self, is_transposed: bool):
         super().__init__()
         self.is_transposed = is_transposed
-        self.up = nn.Parameter(torch.randn(3, 8, 12) if is_transposed else torch.randn(3, 12, 8))
-        self.down = nn.Parameter(torch.randn(12, 8) / 4)
+        self.up = nn.Parameter(torch.randn(3, 8, 8))  # square, so that no shape says which way round it is
+        self.down = nn.Parameter(torch.randn(8, 8) / 3)
         self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x: torch.Tensor, *, gate: float) -> torch.Tensor:
