@@ -68,5 +68,17 @@ def test_one_interface(layer):
         "seed",
         "with_bias",
     ]
-    for method in ("forward", "dense_weight", "set_dense_weight", "weight_snapshot", "restore_weight"):
+    for method in ("forward", "product", "dense_weight", "set_dense_weight", "weight_snapshot", "restore_weight"):
         assert callable(getattr(layer, method))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+def test_without_the_bias(kind):
+    linear = nn.Linear(80, 24)
+    nn.init.normal_(linear.bias, mean=3.0)
+    layers = {"linear": lambda: DenseLinear.from_linear(linear), "nf4": lambda: NF4Linear.from_linear(linear)}
+    layers["conv1d"] = lambda: DenseConv1D(nn.Parameter(linear.weight.detach().T.contiguous()), linear.bias)
+    layer, x, A, B = layers[kind](), torch.randn(2, 5, 80), torch.randn(4, 80), torch.randn(24, 4)
+    torch.testing.assert_close(layer.product(x) + layer.bias, layer(x), rtol=1e-5, atol=1e-5)
+    without = layer.forward_low_rank(x, A, B, 0.5, with_bias=False)
+    torch.testing.assert_close(without + layer.bias, layer.forward_low_rank(x, A, B, 0.5), rtol=1e-5, atol=1e-4)
