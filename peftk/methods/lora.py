@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
+from peftk.methods.lora_embedding import LoraEmbedding
+from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_can_be_saved_whole,
@@ -28,8 +28,7 @@ from peftk.methods.targets import (
     short_names,
     visible_modules,
 )
-from peftk.nn import DenseConv1D, base_layer, is_adaptable
-from peftk.nn.dense_linear import add_low_rank
+from peftk.nn import DenseConv1D, is_adaptable
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
 _INFORMATIVE = {
@@ -177,145 +176,3 @@ def _is_supported(module: nn.Module) -> bool:
 def wrap(module: nn.Module) -> AdapterLayer:
     """The LoRA layer for a linear layer or an embedding."""
     return LoraEmbedding(module) if isinstance(module, nn.Embedding) else LoraLinear(module)
-
-
-def _keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
-    """nn.TransformerEncoderLayer's fast path reads the weights itself, without adapters; it keeps off where a hook is found."""
-
-
-class LoraLinear(AdapterLayer):
-    """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__(base_layer(module), module)
-        if self.base_layer is not module:
-            self.base_layer.register_forward_pre_hook(_keep_off_fast_path)
-        self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # (r, k) and (n, r)
-        self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
-
-    def adapter_names(self) -> list[str]:
-        return list(self.lora_A)
-
-    def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
-        """Fresh factors: A Kaiming-uniform (a = sqrt 5) or Gaussian, B zero."""
-        facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
-        A, B = torch.zeros(r, self.in_features, **facts), torch.zeros(self.out_features, r, **facts)
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
-        self.scaling[name], self.dropout[name] = scaling, config.lora_dropout
-
-    def delete_adapter(self, name: str) -> None:
-        for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
-            del table[name]
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [self.lora_A[name], self.lora_B[name]]
-
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rows is not None:
-            return self._forward_rows(x)
-        names = self.running()
-        if not names:
-            return self.base_layer.forward(x)
-        first, *others = ((self.lora_A[n], self.lora_B[n], self.scaling[n], self._dropout(n)) for n in names)
-        y = self.base_layer.forward_low_rank(x, *first[:3], dropout=first[3])
-        for A, B, scale, dropout in others:
-            y = add_low_rank(y, x, A, B, scale, None, dropout, None)
-        return y
-
-    def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer.forward(x)
-        for names, rows in self.rows_of(x.shape[0], x.device).items():
-            for n in names:
-                factors = self.lora_A[n], self.lora_B[n], self.scaling[n]
-                y = y.index_copy(0, rows, add_low_rank(y[rows], x[rows], *factors, None, self._dropout(n), None))
-        return y
-
-    def _dropout(self, name: str) -> float:
-        return self.dropout[name] if self.training else 0.0
-
-    @torch.no_grad()
-    def delta_weight(self, name: str) -> torch.Tensor:
-        return (self.lora_B[name] @ self.lora_A[name]).mul_(self.scaling[name])
-
-
-class LoraEmbedding(AdapterLayer):
-    """An embedding with low-rank branches: rows of A^T, then B. A (r, tokens) is zero at first and B (d, r) Gaussian.
-
-    ids (...) -> (..., d). Dropout does not apply to token ids.
-    """
-
-    def __init__(self, module: nn.Embedding):
-        super().__init__(module, module)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = (
-            module.num_embeddings,
-            module.embedding_dim,
-            module.padding_idx,
-        )
-        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
-        self.scaling: dict[str, float] = {}
-
-    def adapter_names(self) -> list[str]:
-        return list(self.lora_embedding_A)
-
-    def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
-        """Fresh factors: A zero, or Gaussian where ``init_lora_weights`` is False; B Gaussian."""
-        facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
-        make = torch.randn if config.init_lora_weights is False else torch.zeros
-        self.lora_embedding_A[name] = nn.Parameter(make(r, self.num_embeddings, **facts))
-        self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.embedding_dim, r, **facts))
-        self.scaling[name] = scaling
-
-    def delete_adapter(self, name: str) -> None:
-        for table in (self.lora_embedding_A, self.lora_embedding_B, self.scaling):
-            del table[name]
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [self.lora_embedding_A[name], self.lora_embedding_B[name]]
-
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return {"lora_embedding_A": self.lora_embedding_A[name], "lora_embedding_B": self.lora_embedding_B[name]}
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer.forward(ids)
-        if self.rows is None:
-            for name in self.running():
-                y = y + self._branch(name, ids, y.dtype)
-            return y
-        for names, rows in self.rows_of(ids.shape[0], ids.device).items():
-            for name in names:
-                y = y.index_add(0, rows, self._branch(name, ids[rows], y.dtype))
-        return y
-
-    def _branch(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
-        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
-        return (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(dtype)
-
-    @torch.no_grad()
-    def delta_weight(self, name: str) -> torch.Tensor:
-        """(tokens, d)"""
-        return (self.lora_embedding_A[name].T @ self.lora_embedding_B[name].T).mul_(self.scaling[name])
-
-    def read_weight(self) -> torch.Tensor:
-        return self.weight.detach()
-
-    @torch.no_grad()
-    def write_weight(self, w: torch.Tensor) -> None:
-        self.weight.copy_(w)
-
-    def take_snapshot(self) -> torch.Tensor:
-        return self.weight.detach().clone()
-
-    def restore_snapshot(self, snapshot: torch.Tensor) -> None:
-        self.write_weight(snapshot)

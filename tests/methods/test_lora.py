@@ -29,7 +29,8 @@ from torch import nn
 
 import peftk
 from peftk.checkpoint import adapter_tensors
-from peftk.methods.lora import LoraEmbedding, LoraLinear
+from peftk.methods.lora_embedding import LoraEmbedding
+from peftk.methods.lora_linear import LoraLinear
 
 CASES = {
     "llama-default": ("llama", {"r": 4, "lora_alpha": 12}),

@@ -1,0 +1,86 @@
+"""LoRA on an embedding (Hu et al. 2021): low-rank branches looked up by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from peftk.methods.adapter import AdapterLayer
+
+if TYPE_CHECKING:
+    from peftk.methods.lora import LoraConfig
+
+
+class LoraEmbedding(AdapterLayer):
+    """An embedding with low-rank branches: rows of A^T, then B. A (r, tokens) is zero at first and B (d, r) Gaussian.
+
+    ids (...) -> (..., d). Dropout does not apply to token ids.
+    """
+
+    def __init__(self, module: nn.Embedding):
+        super().__init__(module, module)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = (
+            module.num_embeddings,
+            module.embedding_dim,
+            module.padding_idx,
+        )
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+
+    def adapter_names(self) -> list[str]:
+        return list(self.lora_embedding_A)
+
+    def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
+        """Fresh factors: A zero, or Gaussian where ``init_lora_weights`` is False; B Gaussian."""
+        facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
+        make = torch.randn if config.init_lora_weights is False else torch.zeros
+        self.lora_embedding_A[name] = nn.Parameter(make(r, self.num_embeddings, **facts))
+        self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.embedding_dim, r, **facts))
+        self.scaling[name] = scaling
+
+    def delete_adapter(self, name: str) -> None:
+        for table in (self.lora_embedding_A, self.lora_embedding_B, self.scaling):
+            del table[name]
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        return [self.lora_embedding_A[name], self.lora_embedding_B[name]]
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return {"lora_embedding_A": self.lora_embedding_A[name], "lora_embedding_B": self.lora_embedding_B[name]}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer.forward(ids)
+        if self.rows is None:
+            for name in self.running():
+                y = y + self._branch(name, ids, y.dtype)
+            return y
+        for names, rows in self.rows_of(ids.shape[0], ids.device).items():
+            for name in names:
+                y = y.index_add(0, rows, self._branch(name, ids[rows], y.dtype))
+        return y
+
+    def _branch(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows = functional.embedding(ids, self.lora_embedding_A[name].T, self.padding_idx)
+        scale = getattr(self.base_layer, "embed_scale", 1.0)  # transformers' scaled embeddings multiply their rows by it
+        return (self.scaling[name] * scale * functional.linear(rows, self.lora_embedding_B[name])).to(dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """(tokens, d)"""
+        return (self.lora_embedding_A[name].T @ self.lora_embedding_B[name].T).mul_(self.scaling[name])
+
+    def read_weight(self) -> torch.Tensor:
+        return self.weight.detach()
+
+    @torch.no_grad()
+    def write_weight(self, w: torch.Tensor) -> None:
+        self.weight.copy_(w)
+
+    def take_snapshot(self) -> torch.Tensor:
+        return self.weight.detach().clone()
+
+    def restore_snapshot(self, snapshot: torch.Tensor) -> None:
+        self.write_weight(snapshot)
