@@ -1,5 +1,7 @@
 """Methods: one file each, over the base-layer interface; attach.py has what a model with adapters does."""
 
+from peftk.methods.adalora import AdaLoraConfig
+from peftk.methods.adalora_schedule import adalora_schedule, rank_allocator, update_and_allocate
 from peftk.methods.attach import (
     attach,
     delete_adapter,
@@ -10,7 +12,9 @@ from peftk.methods.attach import (
     trainable_parameters,
     unmerge,
 )
+from peftk.methods.compaction import compact
 from peftk.methods.lora import LoraConfig
+from peftk.methods.orthogonality import orthogonality_loss
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.p_tuning_v2 import PTuningV2Config
 from peftk.methods.prefix_tuning import PrefixTuningConfig
@@ -21,23 +25,29 @@ from peftk.methods.report import report
 from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
 __all__ = [
+    "AdaLoraConfig",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "adalora_schedule",
     "adapters_per_row",
     "attach",
+    "compact",
     "delete_adapter",
     "detach",
     "disable_adapters",
     "drop_encoder",
     "merge",
+    "orthogonality_loss",
     "prompt_ensemble",
     "qlora",
     "qlora_config",
+    "rank_allocator",
     "report",
     "set_adapter",
     "trainable_parameters",
     "unmerge",
+    "update_and_allocate",
 ]
