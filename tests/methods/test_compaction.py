@@ -44,12 +44,14 @@ def test_the_model_computes_what_it_did(base):
     y, parameters = run(model, "net"), peftk.trainable_parameters(model)
     masks = {path: rows.clone() for path, rows in peftk.rank_allocator(model).kept.items()}
     before = {path: tuple(t.detach().clone() for t in model.get_submodule(path).triplets("default")) for path in masks}
-    counts, states = peftk.report(model).trainable.elements, state_bytes(optimizer)
+    states = state_bytes(optimizer)
     assert peftk.compact(model, optimizer) is model
     torch.testing.assert_close(run(model, "net"), y, rtol=1e-5, atol=1e-5)
     assert [id(p) for p in peftk.trainable_parameters(model)] == [id(p) for p in parameters]
-    assert peftk.report(model).trainable.elements == counts // 2  # the budget fell from 16 to 8
-    assert state_bytes(optimizer) < 0.52 * states
+    layers = {path: model.get_submodule(path) for path in masks}
+    sizes = {path: layer.in_features + layer.out_features + 1 for path, layer in layers.items()}  # of a triplet
+    assert peftk.report(model).trainable.elements == sum(int(rows.sum()) * sizes[path] for path, rows in masks.items())
+    assert sum(int(rows.sum()) for rows in masks.values()) == 8 and state_bytes(optimizer) < 0.55 * states
     for path, (A, E, B) in before.items():
         layer, rows = model.get_submodule(path), masks[path]
         assert torch.equal(layer.lora_A["default"], A[rows]) and torch.equal(layer.lora_E["default"], E[rows])
