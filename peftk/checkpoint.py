@@ -24,6 +24,7 @@ from peftk.methods.adalora import AdaLoraConfig
 from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
 from peftk.methods.lora import LoraConfig
+from peftk.methods.lora_rules import check_file
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
@@ -41,11 +42,17 @@ _TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Write one adapter to ``folder``, which appears whole: an adapter that it holds is replaced at once, config and tensors
-    together, and other files stay. Returns the folder. ValueError for an unknown adapter."""
+    together, and other files stay. Returns the folder. ValueError for an unknown adapter.
+
+    The tensors belong on the original weights: an adapter that started in them (PiSSA, OLoRA), which changed them, is saved as
+    its difference from the start, a LoRA of twice the rank. ValueError where the weights were quantised after that.
+    """
     state = attached(model)
     if adapter_name not in state.configs:
         raise ValueError(f"adapter_name: no adapter called {adapter_name!r}; attached are {', '.join(state.configs)}")
-    tensors = adapter_tensors(model, adapter_name) | _vocabulary_tensors(model, adapter_name)
+    tensors = adapter_tensors(model, adapter_name, for_file=True) | _vocabulary_tensors(model, adapter_name)
+    config = state.configs[adapter_name]
+    config = config.for_file() if isinstance(config, LoraConfig) else config
     encoder = _encoder_tensors(model, adapter_name)
     with write_folder(folder) as new:
         carry_over(folder, new, without=(CONFIG, TENSORS, OLD_TENSORS, ENCODER))
@@ -54,7 +61,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
                 content = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in content.items()}
                 save_file(content, new / name, metadata={"format": "pt"})
                 (new / name).chmod(new.stat().st_mode & 0o666)
-        (new / CONFIG).write_text(json.dumps(state.configs[adapter_name].to_dict(), indent=2, sort_keys=True) + "\n")
+        (new / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     return Path(folder)
 
 
@@ -74,6 +81,8 @@ def load_adapter(
     config = _read_config(folder / CONFIG)
     path, tensors = _read_tensors(folder)
     config.inference_mode = not is_trainable
+    if isinstance(config, LoraConfig):
+        _check_start(config, model, folder / CONFIG)
     state = find_attached(model)
     before = None if state is None else list(state.active)
     try:
@@ -91,14 +100,14 @@ def load_adapter(
     return model
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The adapter's own tensors under the file's keys."""
+def adapter_tensors(model: nn.Module, adapter_name: str, for_file: bool = False) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors under the file's keys; ``for_file``: as a change of the original weights."""
     state = attached(model)
     tensors: dict[str, torch.Tensor] = {}
     beside: dict[str, torch.Tensor] = {}
     for path, wrapper in wrappers(model):
         if adapter_name in wrapper.adapter_names():
-            made = wrapper.adapter_tensors(adapter_name)
+            made = wrapper.file_tensors(adapter_name) if for_file else wrapper.adapter_tensors(adapter_name)
             if isinstance(wrapper, Beside):
                 beside |= made
             else:
@@ -150,6 +159,13 @@ def _read_config(path: Path) -> Any:
     try:
         return CONFIGS[fields["peft_type"]].from_dict(fields)
     except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_start(config: LoraConfig, model: nn.Module, path: Path) -> None:
+    try:
+        check_file(config, model)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -31,6 +31,7 @@ CASES = {
     "lora_only bias": ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
     "saved whole": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
     "classification": ("bert", {"task_type": "SEQ_CLS"}),
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "use_rslora": True}),
 }
 
 
@@ -115,11 +116,11 @@ def test_strict_keys_and_shapes(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
         ({"peft_type": "LOHA"}, "peft_type"),
         ({"r": -1}, "r: expected a positive integer"),
     ],

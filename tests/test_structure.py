@@ -26,7 +26,7 @@ ALLOWED = {
     "optim": {"ops", "paging", "format", "native"},
     "info": {"ops", "native"},
     "nn": {"ops", "format", "progress"},
-    "methods": {"nn", "ops", "progress"},
+    "methods": {"nn", "ops", "format", "progress"},
     "checkpoint": {"methods", "nn", "format", "atomic"},
     "integrations": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress", "info"},
     "cli": {"methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress", "info"},

@@ -1,4 +1,4 @@
-"""Methods: one file each, over the base-layer interface; attach.py has what a model with adapters does."""
+"""Methods: one file each, over the base-layer interface; attach.py and merge.py have what a model with adapters does."""
 
 from peftk.methods.adalora import AdaLoraConfig
 from peftk.methods.adalora_schedule import adalora_schedule, rank_allocator, update_and_allocate
@@ -6,14 +6,13 @@ from peftk.methods.attach import (
     attach,
     delete_adapter,
     detach,
-    disable_adapters,
-    merge,
     set_adapter,
     trainable_parameters,
-    unmerge,
 )
+from peftk.methods.combine import combine_adapters
 from peftk.methods.compaction import compact
 from peftk.methods.lora import LoraConfig
+from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.orthogonality import orthogonality_loss
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.p_tuning_v2 import PTuningV2Config
@@ -34,6 +33,7 @@ __all__ = [
     "adalora_schedule",
     "adapters_per_row",
     "attach",
+    "combine_adapters",
     "compact",
     "delete_adapter",
     "detach",

@@ -58,6 +58,11 @@ class Wrapper(nn.Module):
         """What a file of ``name`` holds: the module's own tensors under HF peft's keys, below the module's path."""
         raise NotImplementedError
 
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """``adapter_tensors`` as a change of the original weights, where the module's own aren't these any more. ValueError where
+        no such tensors exist."""
+        return self.adapter_tensors(name)
+
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter's parameters."""
         raise NotImplementedError
@@ -142,6 +147,20 @@ class AdapterLayer(Wrapper):
         dtype = self.weight.dtype
         return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
 
+    @property
+    def label(self) -> str:
+        """What the path of the layer's weight has beyond the layer's own."""
+        return ""
+
+    def parts(self) -> list[Any]:
+        """What is merged, a stored matrix at a time: objects with this layer's ``label``, ``weight``, ``delta_weight``,
+        ``read_weight``, ``merged_weight``, ``rounded`` and ``write_weight``. The layer itself, where it has one matrix."""
+        return [self]
+
+    def why_no_merge(self, name: str) -> str:
+        """Why the adapter can't become part of the weight; empty where it can."""
+        return ""
+
     def delta_weight(self, name: str) -> torch.Tensor:
         """What ``name`` adds to W, in W's shape, fp32."""
         raise NotImplementedError
@@ -153,6 +172,10 @@ class AdapterLayer(Wrapper):
     def write_weight(self, w: torch.Tensor) -> None:
         """Store W."""
         self.base_layer.set_dense_weight(w)
+
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """W as ``write_weight(w)`` would store it, in floats; nothing is stored."""
+        return self.base_layer.rounded(w)
 
     def take_snapshot(self) -> Any:
         """W's bytes, a copy."""
@@ -174,14 +197,18 @@ class AdapterLayer(Wrapper):
     def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
         """Store W with the adapters added; ``keep_original`` keeps W's bytes for an exact unmerge. A weight that ``is_tied`` to
         another module's stays there as it is, and this layer gets one of its own."""
-        w = self.merged_weight(names)
         if keep_original:
             self._snapshot = self.take_snapshot()
         if is_tied:
             self._tied = self.base_layer.weight
             self.base_layer.weight = nn.Parameter(self._tied.detach().clone(), requires_grad=self._tied.requires_grad)
-        self.write_weight(w)
+        for part in self.parts():
+            part.write_weight(part.merged_weight(names))
         self.merged = [*self.merged, *names]
+
+    def keeps_original(self) -> bool:
+        """Whether ``unmerge`` has the bytes that it needs."""
+        return self._snapshot is not None
 
     def unmerge(self) -> None:
         """Put W's own bytes back."""
@@ -189,6 +216,26 @@ class AdapterLayer(Wrapper):
             self.base_layer.weight = self._tied
         self.restore_snapshot(self._snapshot)
         self._snapshot, self._tied, self.merged = None, None, []
+
+
+class PlainLayer(AdapterLayer):
+    """On a module of torch's own, whose weight is read and written as it stands."""
+
+    def read_weight(self) -> torch.Tensor:
+        return self.weight.detach()
+
+    @torch.no_grad()
+    def write_weight(self, w: torch.Tensor) -> None:
+        self.weight.copy_(w)
+
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        return w.to(self.weight.dtype).to(w.dtype)
+
+    def take_snapshot(self) -> torch.Tensor:
+        return self.weight.detach().clone()
+
+    def restore_snapshot(self, snapshot: torch.Tensor) -> None:
+        self.write_weight(snapshot)
 
 
 class ModuleToSave(Wrapper):

@@ -1,4 +1,4 @@
-"""Adapters on a model: attach, detach, switch, disable, merge; the same functions for every method.
+"""Adapters on a model: attach, detach, switch; the same functions for every method. merge.py has merging and disabling.
 
 What a method must bring is one file with a config: ``config.inject(model, name)`` puts modules derived from ``Wrapper`` in place,
 all or none, and returns the config to keep.
@@ -6,14 +6,12 @@ all or none, and returns the config to keep.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, check_adapter_name, swap_modules
@@ -108,30 +106,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     if state.biases is not None and state.biases.owner in state.active:
         for parameter in state.biases.parameters(model).values():
             parameter.requires_grad_(state.trainable[state.biases.owner])
-    _refresh(model, state)
+    refresh(model, state)
 
 
-@contextlib.contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` the model computes as without adapters; contexts nest. Merged adapters are unmerged for its length:
-    RuntimeError where the original weights weren't kept."""
-    state = attached(model)
-    merged = list(state.merged) if state.disabled == 0 else []
-    if merged:
-        unmerge(model)
-    state.disabled += 1
-    _refresh(model, state)
-    try:
-        yield
-    finally:
-        state.disabled -= 1
-        if find_attached(model) is state:
-            _refresh(model, state)
-            if merged:
-                merge(model, merged, safe=False)
-
-
-def _refresh(model: nn.Module, state: Attached) -> None:
+def refresh(model: nn.Module, state: Attached) -> None:
     """Tell modules and biases what is in use now."""
     for _, wrapper in wrappers(model):
         wrapper.set_active(state.active)
@@ -183,66 +161,6 @@ def _take_out(model: nn.Module, gone: list[Wrapper]) -> None:
     swap_modules(model, {wrapper: wrapper.original() for wrapper in gone})
 
 
-def merge(
-    model: nn.Module, adapter_names: str | Sequence[str] | None = None, safe: bool = True, keep_original: bool = True
-) -> nn.Module:
-    """Add adapters (the active ones if None) to the weights: all of them in fp32, then one rounding or quantisation a layer.
-    Returns the model, which then runs at the base's cost.
-
-    ValueError for prompts and prefixes: no weight can hold them.
-    ``safe``: every layer is checked for NaN and Inf before any is changed; ValueError names the layer. ``keep_original``: the
-    original bytes are kept, so that ``unmerge`` is exact. A weight that is tied to another module's is untied, with a warning.
-    """
-    state = attached(model)
-    before = list(state.merged)
-    names = known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
-    new = [name for name in names if name not in before]
-    if not new:
-        return model
-    _check_can_merge(model, new)
-    if before and state.kept_original:
-        unmerge(model)
-        try:
-            return merge(model, [*before, *new], safe, keep_original)
-        except ValueError:
-            merge(model, before, safe=False)
-            raise
-    work = [(path, w, [n for n in new if n in w.adapter_names()]) for path, w in wrappers(model)]
-    work = [(path, wrapper, here) for path, wrapper, here in work if here]
-    if safe:
-        for path, layer, here in work:
-            if isinstance(layer, AdapterLayer):
-                _check_finite(path, layer, here)
-    owners = _weight_owners(model)
-    state.kept_original = keep_original and not before
-    for path, wrapper, here in work:
-        if isinstance(wrapper, AdapterLayer):
-            is_tied = len(owners[id(wrapper.weight)]) > 1
-            if is_tied:
-                _warn_of_untying(path, owners[id(wrapper.weight)])
-            wrapper.merge(here, keep_original, is_tied)
-        else:
-            wrapper.merged = [*wrapper.merged, *here]
-    state.merged = [*before, *new]
-    _refresh(model, state)
-    return model
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Put the original bytes back, exactly, and use the adapters beside them again. Returns the model. RuntimeError where the
-    bytes weren't kept; nothing is changed then."""
-    state = attached(model)
-    if state.merged and not state.kept_original:
-        raise RuntimeError("model: expected one merged with keep_original=True, got one whose original weights were not kept")
-    for _, wrapper in wrappers(model):
-        if isinstance(wrapper, AdapterLayer) and wrapper.merged:
-            wrapper.unmerge()
-        wrapper.merged = []
-    state.merged, state.kept_original = [], True
-    _refresh(model, state)
-    return model
-
-
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -254,43 +172,6 @@ def known(state: Attached, names: str | Iterable[str], argument: str) -> list[st
     if unknown := [repr(name) for name in names if name not in state.configs]:
         raise ValueError(f"{argument}: no adapter called {', '.join(unknown)}; attached are {', '.join(state.configs)}")
     return names
-
-
-def _check_can_merge(model: nn.Module, names: list[str]) -> None:
-    for _, wrapper in wrappers(model):
-        if kept := [name for name in names if not wrapper.can_merge and name in wrapper.adapter_names()]:
-            raise ValueError(
-                f"adapter_names: expected adapters of weights, got {', '.join(kept)}, which adds to the inputs or the keys and "
-                "values: no weight can hold it; nothing was merged"
-            )
-
-
-def _check_finite(path: str, layer: AdapterLayer, names: list[str]) -> None:
-    """As the weight will be stored: a sum may leave fp16's range."""
-    w = layer.merged_weight(names)
-    stored = layer.weight.dtype if layer.weight.dtype.is_floating_point else w.dtype
-    if not torch.isfinite(w.to(stored)).all():
-        raise ValueError(f"{path}: expected finite merged weights, got NaN or Inf with {', '.join(names)}; nothing was merged")
-
-
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """By id of a parameter the paths of the modules that have it."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(path)
-    return owners
-
-
-def _warn_of_untying(path: str, owners: list[str]) -> None:
-    others = ", ".join(owner for owner in owners if owner.removesuffix(".base_layer") != path)
-    logger.warning(
-        "%s: its weight is tied to that of %s; the merged weight is its own now. To save the model, switch its config's "
-        "tie_word_embeddings off",
-        path,
-        others,
-    )
 
 
 def _warn_of_tied_copies(model: nn.Module, adapter_name: str) -> None:

@@ -13,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
+from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
+from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
+from peftk.methods.lora_rules import check_config, check_layers
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_can_be_saved_whole,
@@ -28,13 +32,48 @@ from peftk.methods.targets import (
     short_names,
     visible_modules,
 )
-from peftk.nn import DenseConv1D, is_adaptable
+from peftk.nn import DenseConv1D, base_layer, is_adaptable
+from peftk.progress import track
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
 _INFORMATIVE = {
     "peft_type", "peft_version", "auto_mapping", "revision", "runtime_config", "megatron_core", "qalora_group_size",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "corda_config", "lora_ga_config",
 }  # fmt: skip
+
+
+@dataclass
+class LoftQConfig:
+    """HF peft's fields, and how the weight is quantised, which HF peft leaves to another place."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1  # alternations of quantising and decomposing
+    block_size: int = 64
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits != 4:
+            raise ValueError(f"loftq_bits: expected 4, as the weights are NF4, got {self.loftq_bits!r}")
+        if not _is_rank(self.loftq_iter):
+            raise ValueError(f"loftq_iter: expected a positive integer, got {self.loftq_iter!r}")
+
+
+@dataclass
+class EvaConfig:
+    """HF peft's fields (Paischer et al. 2024)."""
+
+    rho: float = 2.0  # a layer's rank may grow to rho * r; 1 leaves all as they are
+    tau: float = 0.99  # cosine with the step before from which a direction counts as found
+    use_label_mask: bool = True  # tokens whose label is label_mask_value don't count
+    label_mask_value: int = -100
+    whiten: bool = False  # divide each direction by the square root of its singular value
+    adjust_scaling_factors: bool = True  # alpha grows with the rank, so that alpha / r stays
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.rho) or self.rho < 1:
+            raise ValueError(f"rho: expected a number of at least 1, got {self.rho!r}")
+        if not _is_number(self.tau) or not 0 <= self.tau <= 1:
+            raise ValueError(f"tau: expected a cosine in [0, 1], got {self.tau!r}")
 
 
 @dataclass
@@ -51,8 +90,13 @@ class LoraConfig:
     fan_in_fan_out: bool = False  # recorded for HF peft; a Conv1D is recognised by itself
     bias: str = "none"  # "none" | "all" | "lora_only": which biases of the base are trained
     modules_to_save: list[str] | None = None  # trained whole, beside the adapters
-    init_lora_weights: bool | str = True  # True: Kaiming A, zero B; "gaussian": N(0, 1/r) A, zero B; False: B Kaiming as well
+    # True: Kaiming A, zero B; False: B Kaiming as well; "gaussian", "orthogonal"; "eva" (then peftk.eva_init); taken out of the
+    # weight, which is changed for it: "pissa", "pissa_niter_N", "olora", "loftq" (lora_init.py)
+    init_lora_weights: bool | str = True
+    loftq_config: LoftQConfig | dict[str, Any] | None = None
+    eva_config: EvaConfig | dict[str, Any] | None = None
     use_rslora: bool = False
+    use_dora: bool = False  # weight-decomposed: a magnitude a row beside the direction (dora.py)
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regular expression for the end of a path -> rank
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     task_type: str | None = None  # SEQ_CLS, TOKEN_CLS and QUESTION_ANS train the model's head whole
@@ -65,6 +109,8 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(value := getattr(self, name), set | tuple):
                 setattr(self, name, sorted(value))
+        for name, kind, start in (("loftq_config", LoftQConfig, "loftq"), ("eva_config", EvaConfig, "eva")):
+            setattr(self, name, _sub_config(name, getattr(self, name), kind, self.init_lora_weights == start))
         checks = {
             "r": (_is_rank(self.r), "a positive integer"),
             "lora_alpha": (_is_number(self.lora_alpha), "a finite number"),
@@ -76,7 +122,8 @@ class LoraConfig:
                 "a list of names",
             ),
             "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
-            "init_lora_weights": (self.init_lora_weights in (True, False, "gaussian"), 'True, False or "gaussian"'),
+            "use_rslora": (isinstance(self.use_rslora, bool), "True or False"),
+            "use_dora": (isinstance(self.use_dora, bool), "True or False"),
             "rank_pattern": (_is_pattern(self.rank_pattern, _is_rank), "regular expressions with positive ranks"),
             "alpha_pattern": (_is_pattern(self.alpha_pattern, _is_number), "regular expressions with finite numbers"),
             "layers_to_transform": (
@@ -91,6 +138,7 @@ class LoraConfig:
         for name, (fits, expected) in checks.items():
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        check_config(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LoraConfig:
@@ -102,11 +150,29 @@ class LoraConfig:
                 f"expected a LoRA without {', '.join(f'{k}={v!r}' for k, v in asked.items())}: peftk doesn't do that"
             )
         empty = {k for k in ("rank_pattern", "alpha_pattern", "layers_pattern") if not fields.get(k)}
+        start = fields.get("init_lora_weights", True)
+        empty |= {k for k, owner in (("loftq_config", "loftq"), ("eva_config", "eva")) if start != owner}  # HF ignores it there
         return cls(**{k: v for k, v in fields.items() if k in known - empty})
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
-        return {**dataclasses.asdict(self), "peft_type": self.peft_type, "inference_mode": True}
+        fields = {**dataclasses.asdict(self), "peft_type": self.peft_type, "inference_mode": True}
+        return {**fields, "loftq_config": fields["loftq_config"] or {}}
+
+    def for_file(self) -> LoraConfig:
+        """What a file says: an adapter that started in W is saved as a LoRA of rank 2r with the same scaling, on W itself."""
+        if family(self.init_lora_weights) not in TAKEN_FROM_W:
+            return self
+        grown = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=grown * self.lora_alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: grown * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights=True,
+            loftq_config=None,
+        )
 
     def inject(self, model: nn.Module, name: str) -> LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
@@ -116,15 +182,32 @@ class LoraConfig:
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
+        check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in paths})
+        sizes = {path: self._rank_and_scaling(path) for path in paths}
+        for path, (rank, _) in sizes.items():
+            check_rank(path, modules[path], rank)
+        starts = self._starts({path: modules[path] for path in paths}, sizes)
         put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
-            rank = pattern_value(self.rank_pattern, path, self.r)
-            alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
-            scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
-            model.get_submodule(path).add_adapter(name, rank, scaling, self)
+            layer = model.get_submodule(path)
+            layer.add_adapter(name, *sizes[path], self)
+            if path in starts:
+                layer.take_start(name, starts.pop(path))
         for path in whole:
             model.get_submodule(path).add_adapter(name)
         return self._resolved(model, modules, paths, whole)
+
+    def _rank_and_scaling(self, path: str) -> tuple[int, float]:
+        rank = pattern_value(self.rank_pattern, path, self.r)
+        alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _starts(self, modules: dict[str, nn.Module], sizes: dict[str, tuple[int, float]]) -> dict[str, Start]:
+        """What is taken out of the layers' weights, by path; nothing is changed yet, so that an error leaves all as it was."""
+        if family(self.init_lora_weights) not in TAKEN_FROM_W:
+            return {}
+        work = track(list(modules.items()), f"{self.init_lora_weights}: decomposing weights", len(modules) > 1)
+        return {path: start_of(path, _weight_of(module), *sizes[path], self) for path, module in work}
 
     def _resolved(self, model: nn.Module, modules: dict[str, nn.Module], paths: list[str], whole: list[str]) -> LoraConfig:
         """Another program may read "all-linear" or None in another way: the copy says names."""
@@ -168,11 +251,40 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _is_supported(module: nn.Module) -> bool:
-    """A linear layer, an embedding, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their own way."""
-    is_scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
-    return isinstance(module, LoraLinear | LoraEmbedding) or is_adaptable(module) or type(module) is nn.Embedding or is_scaled
+    """A linear layer, an embedding, a convolution, or one with LoRA. Other subclasses of nn.Embedding may look rows up in their
+    own way."""
+    if isinstance(module, nn.Embedding):
+        return type(module) is nn.Embedding or hasattr(module, "embed_scale")
+    return isinstance(module, LoraLinear | LoraEmbedding | LoraConv) or is_adaptable(module) or type(module) in CONVOLUTIONS
+
+
+def layer_class(module: nn.Module) -> type[AdapterLayer]:
+    """The LoRA layer for a linear layer, an embedding or a convolution; of one that has LoRA already its own class."""
+    if isinstance(module, AdapterLayer):
+        return type(module)
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    return LoraConv if type(module) in CONVOLUTIONS else LoraLinear
 
 
 def wrap(module: nn.Module) -> AdapterLayer:
-    """The LoRA layer for a linear layer or an embedding."""
-    return LoraEmbedding(module) if isinstance(module, nn.Embedding) else LoraLinear(module)
+    """The module with a place for LoRA adapters."""
+    return layer_class(module)(module)
+
+
+def _weight_of(module: nn.Module) -> torch.Tensor:
+    """W (n, k) of a linear layer, plain or with adapters."""
+    return module.read_weight() if isinstance(module, AdapterLayer) else base_layer(module).dense_weight()
+
+
+def _sub_config(name: str, value: Any, kind: type, is_used: bool) -> Any:
+    """An instance of ``kind`` from one, from a dict, from HF peft's of the same fields; the defaults where None is used."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, kind):
+        value = dataclasses.asdict(value)
+    if not value:
+        return kind() if is_used else None
+    if not isinstance(value, kind | dict):
+        raise ValueError(f"{name}: expected a {kind.__name__} or a dict of its fields, got {value!r}")
+    if isinstance(value, dict) and (unknown := sorted(set(value) - {f.name for f in dataclasses.fields(kind)})):
+        raise ValueError(f"{name}: expected fields of {kind.__name__}, got {', '.join(unknown)}")
+    return kind(**value) if isinstance(value, dict) else value

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peftk.methods.adapter import AdapterLayer
+from peftk.methods.adapter import PlainLayer
+from peftk.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
 
 
-class LoraEmbedding(AdapterLayer):
+class LoraEmbedding(LowRank, PlainLayer):
     """An embedding with low-rank branches: rows of A^T, then B. A (r, tokens) is zero at first and B (d, r) Gaussian.
 
     ids (...) -> (..., d). Dropout does not apply to token ids.
@@ -71,16 +72,3 @@ class LoraEmbedding(AdapterLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         """(tokens, d)"""
         return (self.lora_embedding_A[name].T @ self.lora_embedding_B[name].T).mul_(self.scaling[name])
-
-    def read_weight(self) -> torch.Tensor:
-        return self.weight.detach()
-
-    @torch.no_grad()
-    def write_weight(self, w: torch.Tensor) -> None:
-        self.weight.copy_(w)
-
-    def take_snapshot(self) -> torch.Tensor:
-        return self.weight.detach().clone()
-
-    def restore_snapshot(self, snapshot: torch.Tensor) -> None:
-        self.write_weight(snapshot)

@@ -1,86 +1,250 @@
-"""LoRA on a linear layer (Hu et al. 2021, section 4.1)."""
+"""LoRA on a linear layer (Hu et al. 2021, section 4.1), and how DoRA and starts taken out of W fit in."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from peftk.methods import dora
 from peftk.methods.adapter import AdapterLayer
-from peftk.nn import base_layer
+from peftk.methods.lora_init import Start, draw
+from peftk.methods.low_rank import LowRank
+from peftk.nn import NF4Linear, base_layer
 from peftk.nn.dense_linear import add_low_rank
 
 if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
 
 
-def _keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
+def keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
     """nn.TransformerEncoderLayer's fast path reads the weights itself, without adapters; it keeps off where a hook is found."""
 
 
-class LoraLinear(AdapterLayer):
-    """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype."""
+@dataclass
+class Taken:
+    """The part s B A of W that an adapter's start took out of the stored weight; ``taken_A`` and ``taken_B`` hold the factors."""
+
+    owner: str | None  # None: the adapter is gone, and the part goes back as soon as nothing is merged
+    scaling: float
+
+
+class LoraLinear(LowRank, AdapterLayer):
+    """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype.
+
+    W is the weight without adapters. The base layer stores W, or, where an adapter's start was taken out of it (PiSSA, OLoRA,
+    LoftQ), the rest: the start's factors then go on as a branch of their own wherever that adapter does not run.
+    """
+
+    VARIANTS = frozenset({"use_dora", "pissa", "olora", "loftq", "eva"})
 
     def __init__(self, module: nn.Module):
         super().__init__(base_layer(module), module)
         if self.base_layer is not module:
-            self.base_layer.register_forward_pre_hook(_keep_off_fast_path)
+            self.base_layer.register_forward_pre_hook(keep_off_fast_path)
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # (r, k) and (n, r)
+        self.lora_magnitude_vector = nn.ParameterDict()  # (n,), of the adapters with DoRA
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
+        self.norms = dora.Norms()
+        self.taken: Taken | None = None
 
     def adapter_names(self) -> list[str]:
         return list(self.lora_A)
 
     def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
-        """Fresh factors: A Kaiming-uniform (a = sqrt 5) or Gaussian, B zero."""
+        """Fresh factors (lora_init.draw), and with DoRA a magnitude."""
         facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
-        A, B = torch.zeros(r, self.in_features, **facts), torch.zeros(self.out_features, r, **facts)
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        A, B = draw(config.init_lora_weights, self.out_features, self.in_features, r, **facts)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.scaling[name], self.dropout[name] = scaling, config.lora_dropout
+        if config.use_dora:
+            self.add_magnitude(name)
+
+    def add_magnitude(self, name: str) -> None:
+        """DoRA: m starts as the norm of W + s B A, so that g is 1."""
+        norm = dora.weight_norm(self, name)
+        self.lora_magnitude_vector[name] = nn.Parameter(norm.masked_fill(norm.isinf(), 0).to(self.factor_dtype()))
+
+    @torch.no_grad()
+    def take_start(self, name: str, start: Start) -> None:
+        """Give an adapter the factors of ``start``, and leave in the base layer what they don't say of W."""
+        self.lora_A[name].copy_(start.A)
+        self.lora_B[name].copy_(start.B)
+        if start.w4 is None:
+            self.write_weight(torch.addmm(self.read_weight().to(start.A.dtype), start.B, start.A, alpha=-self.scaling[name]))
+        else:
+            self._become_nf4(start)
+        self.taken = Taken(name, self.scaling[name])
+        self.register_buffer("taken_A", start.A.clone(), persistent=False)
+        self.register_buffer("taken_B", start.B.clone(), persistent=False)
+        self.norms.drop()
+        if name in self.lora_magnitude_vector:
+            self.add_magnitude(name)
+
+    def _become_nf4(self, start: Start) -> None:
+        """The base layer is in 4 bits from now on, also when the adapters are gone."""
+        module = NF4Linear.from_linear(self._original[0], start.w4.block_size, start.w4.absmax_scale is not None)
+        module.restore_weight(start.w4)
+        self._original, self.base_layer = (module,), module
 
     def delete_adapter(self, name: str) -> None:
         for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
             del table[name]
+        if name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[name]
+        self.norms.scales.pop(name, None)
+        if self.taken is not None and self.taken.owner == name:
+            self.taken.owner = None
+            self._put_back()
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [self.lora_A[name], self.lora_B[name]]
+        tables = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        return [table[name] for table in tables if name in table]
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
+        found = {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
+        if name in self.lora_magnitude_vector:
+            found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
+        return found
+
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Of an adapter that started in W a LoRA of rank 2r on W itself. ValueError for a base in 4 bits."""
+        found = self.adapter_tensors(name)
+        if self.taken is None or self.taken.owner != name:
+            return found
+        if isinstance(self.base_layer, NF4Linear):
+            raise ValueError(
+                f"{name} took its start out of weights that were then quantised: what they lost is of full rank, so no LoRA "
+                "file on the original weights computes the same. Save model.state_dict(), or merge the adapter"
+            )
+        A, B = self.difference(name)
+        return {**found, "lora_A.weight": A, "lora_B.weight": B}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rows is not None:
             return self._forward_rows(x)
         names = self.running()
-        if not names:
+        if self._have_dora(names):
+            return self._forward_dora(x, names)
+        branches = self._branches(names)
+        if not branches:
             return self.base_layer.forward(x)
-        first, *others = ((self.lora_A[n], self.lora_B[n], self.scaling[n], self._dropout(n)) for n in names)
+        first, *others = branches
         y = self.base_layer.forward_low_rank(x, *first[:3], dropout=first[3])
-        for A, B, scale, dropout in others:
-            y = add_low_rank(y, x, A, B, scale, None, dropout, None)
-        return y
+        return self._add(y, x, others)
 
     def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer.forward(x)
         for names, rows in self.rows_of(x.shape[0], x.device).items():
-            for n in names:
-                factors = self.lora_A[n], self.lora_B[n], self.scaling[n]
-                y = y.index_copy(0, rows, add_low_rank(y[rows], x[rows], *factors, None, self._dropout(n), None))
+            if self._have_dora(names):
+                y = y.index_copy(0, rows, self._forward_dora(x[rows], list(names)))
+            elif branches := self._branches(names):
+                y = y.index_copy(0, rows, self._add(y[rows], x[rows], branches))
+        return y
+
+    def _forward_dora(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            if name in self.lora_magnitude_vector:
+                dora.check_unmerged(self, name)
+        dropout = {name: self._dropout(name) for name in names}
+        if len(names) == 1 and not dropout[names[0]] and len(self._branches(names)) == 1:
+            return dora.forward_alone(self, x, names[0])
+        y = self._add(self.base_layer.forward(x), x, self._branches(()))
+        for name in names:
+            if name in self.lora_magnitude_vector:
+                y = y + dora.addition(self, x, name, dropout[name])
+            else:
+                y = self._add(y, x, [(*self.difference(name), self.scaling[name], dropout[name])])
+        return y
+
+    def _have_dora(self, names: Any) -> bool:
+        return len(self.lora_magnitude_vector) > 0 and any(name in self.lora_magnitude_vector for name in names)
+
+    def _branches(self, names: Any) -> list[tuple[torch.Tensor, torch.Tensor, float, float]]:
+        """(A, B, scale, dropout) of what is added to the base layer's output where ``names`` run."""
+        found = [(*self.factors(name), self.scaling[name], self._dropout(name)) for name in names]
+        if self._holds_rest() and self.taken.owner not in names:
+            found.append((self.taken_A, self.taken_B, self.taken.scaling, 0.0))
+        return found
+
+    @staticmethod
+    def _add(y: torch.Tensor, x: torch.Tensor, branches: list) -> torch.Tensor:
+        for A, B, scale, dropout in branches:
+            y = add_low_rank(y, x, A, B, scale, None, dropout, None)
         return y
 
     def _dropout(self, name: str) -> float:
         return self.dropout[name] if self.training else 0.0
 
+    def _holds_rest(self) -> bool:
+        """Whether the base layer lacks what a start took; merging puts it back."""
+        return self.taken is not None and not self.merged
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, k) and B (n, r) of what ``name`` adds to the weight that the base layer stores now."""
+        if self.taken is not None and self.taken.owner == name and self.merged:
+            return self.difference(name)
+        return self.lora_A[name], self.lora_B[name]
+
+    def difference(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of what ``name`` adds to W: of one that started in W, [A; A0] (2r, k) and [B, -B0] (n, 2r)."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        if self.taken is None or self.taken.owner != name:
+            return A, B
+        return torch.cat([A, self.taken_A.to(A.dtype)]), torch.cat([B, -self.taken_B.to(B.dtype)], dim=1)
+
+    def _matrix_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.difference(name)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T without the bias, (..., k) -> (..., n)."""
+        return self._add(self.base_layer.product(x), x, self._branches(()))
+
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:
-        return (self.lora_B[name] @ self.lora_A[name]).mul_(self.scaling[name])
+        if name in self.lora_magnitude_vector:
+            return dora.delta_weight(self, name)
+        A, B = self.difference(name)
+        return (B @ A).mul_(self.scaling[name])
+
+    def weight_tensors(self) -> list[torch.Tensor]:
+        """What W is stored in."""
+        taken = [self.taken_A, self.taken_B] if self._holds_rest() else []
+        return [self.base_layer.weight, *self.base_layer.buffers(), *taken]
+
+    @torch.no_grad()
+    def read_weight(self) -> torch.Tensor:
+        w = self.base_layer.dense_weight()
+        if not self._holds_rest():
+            return w
+        wide = self.factor_dtype()
+        return torch.addmm(w.to(wide), self.taken_B.to(wide), self.taken_A.to(wide), alpha=self.taken.scaling)
+
+    def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
+        super().merge(names, keep_original, is_tied)
+        self.norms.drop()
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.norms.drop()
+        if self.taken is not None and self.taken.owner is None:
+            self._put_back()
+
+    def leave(self) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Store W again, rounded once to the layer's dtype; in 4 bits it is quantised again."""
+        if self._holds_rest():
+            self.write_weight(self.read_weight())
+            self.taken = None
+            del self.taken_A, self.taken_B
+            self.norms.drop()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
+        self.norms.drop()
+        return super()._apply(fn, recurse)

@@ -83,13 +83,13 @@ def select(
     modules = visible_modules(model, is_ours)
     if wanted == ALL_LINEAR:
         heads = {id(head) for head in output_heads(model)}
-        linear = [path for path, m in modules.items() if is_supported(m) and not _is_embedding(m) and id(m) not in heads]
+        linear = [path for path, m in modules.items() if is_supported(m) and _is_linear(m) and id(m) not in heads]
         paths = [path for path in linear if not _is_excluded(path, config) and _layer_is_wanted(path, config)]
     else:
         paths = matching(modules, wanted, config)
     if unsupported := [path for path in paths if not is_supported(modules[path])]:
         kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in unsupported[:8])
-        raise ValueError(f"target_modules: expected linear layers, Conv1D or embeddings, got {kinds}")
+        raise ValueError(f"target_modules: expected linear layers, embeddings or convolutions, got {kinds}")
     if not paths:
         have = sorted({path.rpartition(".")[2] for path, module in modules.items() if is_supported(module)})
         raise ValueError(
@@ -154,8 +154,10 @@ def visible_modules(model: nn.Module, is_ours: Callable[[nn.Module], bool]) -> d
     return found
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or isinstance(getattr(module, "base_layer", None), nn.Embedding)
+def _is_linear(module: nn.Module) -> bool:
+    """Of the supported modules: neither an embedding nor a convolution, with or without adapters."""
+    base = getattr(module, "base_layer", module)
+    return not isinstance(base, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _is_excluded(path: str, config: Any) -> bool:

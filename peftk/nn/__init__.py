@@ -3,6 +3,7 @@
 forward(x)                                     x (..., k) -> (..., n)
 forward_low_rank(x, A, B, scale, z, dropout, seed)   forward(x) + scale * dropout(z or x) A^T B^T
 dense_weight(), set_dense_weight(w)            W (n, k) as floats, out and in
+rounded(w)                                     w as set_dense_weight would store it, in floats; nothing is stored
 weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so that a merge can be undone exactly
 """
 

@@ -47,11 +47,20 @@ class _Dense(nn.Module):
         z: torch.Tensor | None = None,
         dropout: float = 0.0,
         seed: int | None = None,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         """forward(x) + scale * D(x if z is None else z) A^T B^T, shapes as in ``peftk.ops.lora_linear``."""
         if has_kernel(x, self.weight):
-            return lora_linear(x, self._rows(), A, B, scale, self.bias, z, dropout, seed)
-        return add_low_rank(self.forward(x), x, A, B, scale, z, dropout, seed)
+            return lora_linear(x, self._rows(), A, B, scale, self.bias if with_bias else None, z, dropout, seed)
+        return add_low_rank(self.forward(x) if with_bias else self.product(x), x, A, B, scale, z, dropout, seed)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T, (..., k) -> (..., n), without the bias."""
+        return functional.linear(x, self._rows())
+
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """w as ``set_dense_weight(w)`` would store it, in w's dtype; nothing is stored."""
+        return w.to(self.weight.dtype).to(w.dtype)
 
     def weight_snapshot(self) -> torch.Tensor:
         """The stored weight's bytes, a copy."""

@@ -149,15 +149,21 @@ class NF4Linear(nn.Linear):
         z: torch.Tensor | None = None,
         dropout: float = 0.0,
         seed: int | None = None,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         """forward(x) + scale * D(x if z is None else z) A^T B^T in one op: ``peftk.ops.nf4_lora_linear``. With 8-bit
         activations the low-rank branch is computed apart, from x as it is."""
         h, z = self._in_compute_dtype(x), z if z is None else self._in_compute_dtype(z)
-        if wants_int8(self, x, A, B, z, self.bias):
-            y = add_low_rank(nf4_linear_int8(h, self._own_w4(), self.bias), h, A, B, scale, z, dropout, seed)
+        bias = self.bias if with_bias else None
+        if wants_int8(self, x, A, B, z, bias):
+            y = add_low_rank(nf4_linear_int8(h, self._own_w4(), bias), h, A, B, scale, z, dropout, seed)
         else:
-            y = nf4_lora_linear(h, self._own_w4(), A, B, scale, self.bias, z, dropout, seed)
+            y = nf4_lora_linear(h, self._own_w4(), A, B, scale, bias, z, dropout, seed)
         return y if self.compute_dtype is None else y.to(x.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T, (..., k) -> (..., n), without the bias and never with 8-bit activations."""
+        return nf4_linear(self._in_compute_dtype(x), self._own_w4()).to(x.dtype)
 
     def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
@@ -174,6 +180,10 @@ class NF4Linear(nn.Linear):
         w4 = self._quantised(w.to(self.weight.device), "w")
         w4.dtype = self.weight_dtype
         self._store(w4, in_place=True)
+
+    def rounded(self, w: torch.Tensor) -> torch.Tensor:
+        """w (n, k) as ``set_dense_weight(w)`` would store it, decoded to fp32; nothing is stored."""
+        return self._quantised(w, "w").dequantize(torch.float32)
 
     def weight_snapshot(self) -> NF4Weight:
         """The stored bytes, a copy."""

@@ -282,6 +282,12 @@ def test_another_method_on_the_same_layer_is_refused():
     assert not torch.equal(run(model, "net"), y) and isinstance(model.layers[0]["v"], nn.Linear)
 
 
+def test_no_weighted_combination():
+    model = peftk.attach(peftk.attach(Net(), config(), "a"), config(), "b")
+    with pytest.raises(ValueError, match="names: expected LoRA adapters, got 'a', a AdaLoraConfig"):
+        peftk.combine_adapters(model, ["a", "b"], [1.0, 1.0], "c")
+
+
 def test_training_lowers_the_loss():
     model = peftk.quantize_model(llama(), progress=False)
     peftk.attach(model, peftk.AdaLoraConfig(total_step=25, init_r=6, target_r=3, tinit=3, tfinal=8))

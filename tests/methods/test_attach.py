@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import peftk
-from peftk import LoraConfig, attach, detach, disable_adapters, merge, set_adapter, unmerge
+from peftk import LoraConfig, attach, detach, disable_adapters, merge, set_adapter
 
 
 def net(base: str = "dense") -> nn.Module:
@@ -84,73 +83,6 @@ def test_adapters_add_up_and_switch(base):
     assert torch.equal(out(model), y)
     with pytest.raises(ValueError, match="expected one with adapters"):
         set_adapter(model, "b")
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4", "bf16"])
-def test_merge_and_exact_unmerge(base):
-    model = net(base).bfloat16() if base == "bf16" else net(base)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    y0 = out(model.requires_grad_(False))
-    trained(attach(model, LoraConfig(r=4, target_modules=["q", "head", "embed"]), "a"))
-    trained(attach(model, LoraConfig(r=2, target_modules=["q"]), "b"))
-    set_adapter(model, ["a", "b"])
-    y = out(model)
-    merge(model)
-    error = (out(model) - y).norm() / y.norm()
-    assert error < {"dense": 1e-6, "bf16": 0.02, "nf4": 0.5}[base]
-    with disable_adapters(model):
-        assert torch.equal(out(model), y0)
-    unmerge(model)
-    assert torch.equal(out(model), y)
-    detach(model)
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], t) for name, t in before.items())
-
-
-def test_several_adapters_are_rounded_once():
-    model = net().bfloat16()
-    trained(attach(model, LoraConfig(target_modules=["q"]), "a"))
-    trained(attach(model, LoraConfig(target_modules=["q"]), "b"))
-    together = merge(copy.deepcopy(model), ["a", "b"])
-    layer = model.layers[0]["q"]
-    deltas = sum(layer.scaling[n] * (layer.lora_B[n] @ layer.lora_A[n]) for n in "ab")
-    exact = (layer.base_layer.weight.float() + deltas).bfloat16()
-    assert torch.equal(together.layers[0]["q"].weight, exact)
-    merge(merge(model, "a"), "b")
-    assert torch.equal(model.layers[0]["q"].weight, exact)
-
-
-def test_safe_merge_changes_nothing():
-    model = net("nf4")
-    trained(attach(model, LoraConfig(target_modules=["q", "head"])))
-    with torch.no_grad():
-        model.head.lora_B["default"][3, 1] = float("inf")
-    before = tiny.state_of(model)
-    with pytest.raises(ValueError, match="head: expected finite .*nothing was merged"):
-        merge(model)
-    tiny.assert_same_state(before, tiny.state_of(model))
-
-
-def test_merge_without_the_original_bytes_cannot_be_undone():
-    model = trained(attach(net(), LoraConfig(target_modules=["q"])))
-    y = out(merge(model, keep_original=False))
-    with pytest.raises(RuntimeError, match="keep_original=True"):
-        unmerge(model)
-    detach(model)
-    torch.testing.assert_close(out(model), y)
-
-
-def test_merging_a_tied_weight_warns_and_leaves_the_other_module(caplog):
-    model = tiny.gpt2().eval()
-    trained(attach(model, LoraConfig(target_modules=["wte"])))
-    with torch.no_grad():
-        y = tiny.run(model, "gpt2")
-        with caplog.at_level(logging.WARNING, "peftk"):
-            merge(model)
-        assert "tied" in caplog.text or "shared" in caplog.text
-        torch.testing.assert_close(tiny.run(model, "gpt2"), y, rtol=1e-4, atol=1e-4)
-    unmerge(model)
-    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_trained_biases_belong_to_their_adapter():

@@ -350,7 +350,7 @@ def test_training_lowers_the_loss_and_leaves_the_base():
         ({"exclude_modules": [1]}, r"exclude_modules: expected names or a regular expression"),
         ({"modules_to_save": "head"}, r"modules_to_save: expected a list of names, got 'head'"),
         ({"bias": "some"}, r'bias: expected "none", "all" or "lora_only", got \'some\''),
-        ({"init_lora_weights": "pissa"}, r"init_lora_weights: expected True, False or \"gaussian\", got 'pissa'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights: expected True, False, 'gaussian', .*pissa_niter_N.*, got 'corda'"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern: expected regular expressions with positive ranks"),
         ({"rank_pattern": None}, r"rank_pattern: expected"),
         ({"rank_pattern": {"(": 1}}, r"rank_pattern: expected regular expressions"),

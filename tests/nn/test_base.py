@@ -57,6 +57,16 @@ def test_others_are_refused_by_name(module):
 
 @pytest.mark.parametrize("layer", [DenseLinear, DenseConv1D, NF4Linear])
 def test_one_interface(layer):
-    assert list(inspect.signature(layer.forward_low_rank).parameters) == ["self", "x", "A", "B", "scale", "z", "dropout", "seed"]
+    assert list(inspect.signature(layer.forward_low_rank).parameters) == [
+        "self",
+        "x",
+        "A",
+        "B",
+        "scale",
+        "z",
+        "dropout",
+        "seed",
+        "with_bias",
+    ]
     for method in ("forward", "dense_weight", "set_dense_weight", "weight_snapshot", "restore_weight"):
         assert callable(getattr(layer, method))
