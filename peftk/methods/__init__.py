@@ -19,7 +19,7 @@ from peftk.methods.p_tuning_v2 import PTuningV2Config
 from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
 from peftk.methods.prompts import drop_encoder
-from peftk.methods.qlora import qlora, qlora_config
+from peftk.methods.qlora import qlora, qlora_config, qlora_recipe
 from peftk.methods.report import report
 from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
@@ -44,6 +44,7 @@ __all__ = [
     "prompt_ensemble",
     "qlora",
     "qlora_config",
+    "qlora_recipe",
     "rank_allocator",
     "report",
     "set_adapter",
