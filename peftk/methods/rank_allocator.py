@@ -101,8 +101,8 @@ class RankAllocator:
         torch._foreach_add_(self._uncertainty, now, alpha=1 - beta2)
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """Importance of each triplet, (r,) fp32 a matrix. ValueError before the first step and after the last pruning, where there
-        are none, and with the name of a matrix where they aren't finite."""
+        """Importance of each triplet, (r,) fp32 a matrix. ValueError before the first step and after the last pruning, where
+        there are none, and with the name of a matrix where they aren't finite."""
         if not self._sensitivity:
             raise ValueError(f"scores: expected a step before the last pruning, got step {self.step}, which has no statistics")
         products = torch._foreach_mul(self._sensitivity, self._uncertainty)
