@@ -6,6 +6,8 @@ from peftk.format.nf4 import NF4Weight
 from peftk.info import info
 from peftk.methods import (
     AdaLoraConfig,
+    EvaConfig,
+    LoftQConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -20,6 +22,8 @@ from peftk.methods import (
     detach,
     disable_adapters,
     drop_encoder,
+    eva_init,
+    lora_plus_groups,
     merge,
     orthogonality_loss,
     prompt_ensemble,
@@ -47,6 +51,8 @@ __all__ = [
     "use",
     # modules and models
     "AdaLoraConfig",
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
@@ -62,6 +68,8 @@ __all__ = [
     "disable_adapters",
     "drop_encoder",
     "load_adapter",
+    "eva_init",
+    "lora_plus_groups",
     "merge",
     "nn",
     "orthogonality_loss",

@@ -74,6 +74,31 @@ def t5() -> nn.Module:
     return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0, pad_token_id=0))
 
 
+def mixtral() -> nn.Module:
+    """A mixture of four fused experts, two a token; 3-D weights (experts, n, k)."""
+    tf = _transformers()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+    facts = {"num_key_value_heads": 2, "max_position_embeddings": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **facts, initializer_range=0.2))
+
+
+def gpt_oss() -> nn.Module:
+    """The same with 3-D weights (experts, k, n), biases, and gate and up interleaved."""
+    tf = _transformers()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+    facts = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "num_local_experts": 4, "pad_token_id": 0}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    model = tf.GptOssForCausalLM(
+        tf.GptOssConfig(**sizes, **facts, num_experts_per_tok=2, initializer_range=0.2, rope_parameters=rope)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_bias"):
+                parameter.normal_(0, 0.2)  # zero, as transformers makes them, would hide a mistake
+    return model
+
+
+MIXTURES = {"mixtral": mixtral, "gpt_oss": gpt_oss}
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "net": Net}
 
 

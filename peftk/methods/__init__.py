@@ -11,7 +11,9 @@ from peftk.methods.attach import (
 )
 from peftk.methods.combine import combine_adapters
 from peftk.methods.compaction import compact
-from peftk.methods.lora import LoraConfig
+from peftk.methods.eva import eva_init
+from peftk.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+from peftk.methods.lora_plus import lora_plus_groups
 from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.orthogonality import orthogonality_loss
 from peftk.methods.p_tuning import PTuningConfig
@@ -19,12 +21,15 @@ from peftk.methods.p_tuning_v2 import PTuningV2Config
 from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
 from peftk.methods.prompts import drop_encoder
-from peftk.methods.qlora import qlora, qlora_config, qlora_recipe
+from peftk.methods.qlora import qlora
+from peftk.methods.qlora_recipe import qlora_config, qlora_recipe
 from peftk.methods.report import report
 from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
 __all__ = [
     "AdaLoraConfig",
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
@@ -39,6 +44,8 @@ __all__ = [
     "detach",
     "disable_adapters",
     "drop_encoder",
+    "eva_init",
+    "lora_plus_groups",
     "merge",
     "orthogonality_loss",
     "prompt_ensemble",

@@ -135,7 +135,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for _, wrapper in wrappers(model):
         if name in wrapper.adapter_names():
             wrapper.delete_adapter(name)
-    _take_out(model, [wrapper for _, wrapper in wrappers(model) if not wrapper.adapter_names()])
+    take_out(model, [wrapper for _, wrapper in wrappers(model) if not wrapper.adapter_names()])
     del state.configs[name], state.trainable[name]
     state.allocators.pop(name, None)
     set_adapter(model, [n for n in state.active if n != name])
@@ -148,14 +148,15 @@ def detach(model: nn.Module) -> nn.Module:
     state = attached(model)
     if state.biases is not None:
         state.biases.use(model, state.biases.owner in state.merged)
-    _take_out(model, [wrapper for _, wrapper in wrappers(model)])
+    take_out(model, [wrapper for _, wrapper in wrappers(model)])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.required_grad)
     del model.__dict__[_STATE]
     return model
 
 
-def _take_out(model: nn.Module, gone: list[Wrapper]) -> None:
+def take_out(model: nn.Module, gone: list[Wrapper]) -> None:
+    """The original modules stand in these wrappers' places again."""
     for wrapper in gone:
         wrapper.leave()
     swap_modules(model, {wrapper: wrapper.original() for wrapper in gone})

@@ -101,7 +101,7 @@ def addition(layer: LoraLinear, x: torch.Tensor, name: str, dropout: float) -> t
 @torch.no_grad()
 def delta_weight(layer: LoraLinear, name: str) -> torch.Tensor:
     """g (W + s B A) - W, (n, k) fp32. ValueError beside merged adapters: the norm is of the weight without them."""
-    check_unmerged(layer, name)
+    check_unmerged(layer)
     w = layer.read_weight().to(layer.factor_dtype())
     A, B = layer.difference(name)
     v = torch.addmm(w, B, A, alpha=layer.scaling[name])
@@ -110,10 +110,13 @@ def delta_weight(layer: LoraLinear, name: str) -> torch.Tensor:
     return v.mul_(g[:, None]).sub_(w)
 
 
-def check_unmerged(layer: LoraLinear, name: str) -> None:
-    """ValueError where other adapters are merged into the weight that the norm of ``name`` needs as it was."""
+def check_unmerged(layer: LoraLinear) -> None:
+    """ValueError where adapters are merged into the weight that a norm needs as it was."""
     if layer.merged:
-        raise ValueError(
-            f"{name}: a DoRA adapter's norm is that of the weight without other adapters, and {', '.join(layer.merged)} is "
-            "merged into it; unmerge, then merge both together"
-        )
+        raise ValueError(f"adapters: expected DoRA where nothing is merged, got one where {reason_beside(layer.merged)}")
+
+
+def reason_beside(merged: list[str]) -> str:
+    """Why DoRA does not go beside merged adapters."""
+    names = ", ".join(merged)
+    return f"{names} is merged: the norm is that of the weight without other adapters; unmerge, then merge all together"

@@ -174,11 +174,15 @@ class LoraConfig:
             loftq_config=None,
         )
 
+    def targets(self, model: nn.Module) -> list[str]:
+        """Paths of the modules that this config selects. ValueError where it selects none, or what can't be adapted."""
+        return select(model, self, _is_supported, _is_wrapper)
+
     def inject(self, model: nn.Module, name: str) -> LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
-        paths = select(model, self, _is_supported, _is_wrapper)
+        paths = self.targets(model)
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
@@ -200,7 +204,11 @@ class LoraConfig:
     def _rank_and_scaling(self, path: str) -> tuple[int, float]:
         rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return rank, self.scaling_of(rank, alpha)
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        """What B A is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _starts(self, modules: dict[str, nn.Module], sizes: dict[str, tuple[int, float]]) -> dict[str, Start]:
         """What is taken out of the layers' weights, by path; nothing is changed yet, so that an error leaves all as it was."""

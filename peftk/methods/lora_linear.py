@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peftk.format.nf4 import NF4Weight
 from peftk.methods import dora
 from peftk.methods.adapter import AdapterLayer
 from peftk.methods.lora_init import Start, draw
 from peftk.methods.low_rank import LowRank
 from peftk.nn import NF4Linear, base_layer
 from peftk.nn.dense_linear import add_low_rank
+from peftk.ops import quantize_nf4
 
 if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
@@ -38,7 +40,7 @@ class LoraLinear(LowRank, AdapterLayer):
     LoftQ), the rest: the start's factors then go on as a branch of their own wherever that adapter does not run.
     """
 
-    VARIANTS = frozenset({"use_dora", "pissa", "olora", "loftq", "eva"})
+    VARIANTS = frozenset({"use_dora", "orthogonal", "pissa", "olora", "loftq", "eva"})
 
     def __init__(self, module: nn.Module):
         super().__init__(base_layer(module), module)
@@ -77,7 +79,7 @@ class LoraLinear(LowRank, AdapterLayer):
         if start.w4 is None:
             self.write_weight(torch.addmm(self.read_weight().to(start.A.dtype), start.B, start.A, alpha=-self.scaling[name]))
         else:
-            self._become_nf4(start)
+            self._become_nf4(start.w4)
         self.taken = Taken(name, self.scaling[name])
         self.register_buffer("taken_A", start.A.clone(), persistent=False)
         self.register_buffer("taken_B", start.B.clone(), persistent=False)
@@ -85,11 +87,25 @@ class LoraLinear(LowRank, AdapterLayer):
         if name in self.lora_magnitude_vector:
             self.add_magnitude(name)
 
-    def _become_nf4(self, start: Start) -> None:
-        """The base layer is in 4 bits from now on, also when the adapters are gone."""
-        module = NF4Linear.from_linear(self._original[0], start.w4.block_size, start.w4.absmax_scale is not None)
-        module.restore_weight(start.w4)
+    def set_directions(self, name: str, A: torch.Tensor, scaling: float) -> None:
+        """A fresh adapter again, with A (r, k) as given, of whatever rank, and B zero: new Parameters."""
+        self.lora_A[name] = nn.Parameter(A.to(self.weight.device, self.factor_dtype(), copy=True))
+        self.lora_B[name] = nn.Parameter(self.lora_A[name].new_zeros(self.out_features, A.shape[0]))
+        self.scaling[name] = scaling
+        self.norms.scales.pop(name, None)
+
+    def quantize_base(self, block_size: int, double_quant: bool) -> None:
+        """What the base layer stores goes into 4 bits; nothing where it is. The layer is an NF4Linear from then on, also without
+        adapters."""
+        if not isinstance(self.base_layer, NF4Linear):
+            self._become_nf4(quantize_nf4(self.base_layer.dense_weight(), block_size, double_quant))
+
+    def _become_nf4(self, w4: NF4Weight) -> None:
+        w4.dtype = self.weight.dtype
+        module = NF4Linear.from_linear(self._original[0], w4.block_size, w4.absmax_scale is not None)
+        module.restore_weight(w4)
         self._original, self.base_layer = (module,), module
+        self.norms.drop()
 
     def delete_adapter(self, name: str) -> None:
         for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
@@ -147,9 +163,7 @@ class LoraLinear(LowRank, AdapterLayer):
         return y
 
     def _forward_dora(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        for name in names:
-            if name in self.lora_magnitude_vector:
-                dora.check_unmerged(self, name)
+        dora.check_unmerged(self)
         dropout = {name: self._dropout(name) for name in names}
         if len(names) == 1 and not dropout[names[0]] and len(self._branches(names)) == 1:
             return dora.forward_alone(self, x, names[0])
@@ -223,6 +237,10 @@ class LoraLinear(LowRank, AdapterLayer):
             return w
         wide = self.factor_dtype()
         return torch.addmm(w.to(wide), self.taken_B.to(wide), self.taken_A.to(wide), alpha=self.taken.scaling)
+
+    def why_no_merge(self, name: str) -> str:
+        is_gone = self.merged and not self.keeps_original()
+        return dora.reason_beside(self.merged) if is_gone and name in self.lora_magnitude_vector else ""
 
     def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
         super().merge(names, keep_original, is_tied)

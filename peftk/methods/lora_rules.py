@@ -32,9 +32,9 @@ def check_config(config: LoraConfig) -> None:
 
 
 def variants_of(config: LoraConfig) -> list[str]:
-    """What the config asks of a layer beyond LoRA."""
+    """What the config asks of a layer beyond the LoRA that every class of layers has."""
     kind = family(config.init_lora_weights)
-    return [*(["use_dora"] if config.use_dora else []), *([kind] if kind in TAKEN_FROM_W or kind == "eva" else [])]
+    return [*(["use_dora"] if config.use_dora else []), *([] if kind in (True, False, "gaussian") else [kind])]
 
 
 def check_layers(config: LoraConfig, model: nn.Module, layers: dict[str, tuple[nn.Module, type[AdapterLayer]]]) -> None:
@@ -48,7 +48,7 @@ def check_layers(config: LoraConfig, model: nn.Module, layers: dict[str, tuple[n
             raise ValueError(
                 f"{path}: {missing[0]}: expected a linear layer, got a {_name(module)}; exclude_modules leaves it out"
             )
-        if merged := getattr(module, "merged", None):
+        if (merged := getattr(module, "merged", None)) and (takes or config.use_dora):
             raise ValueError(
                 f"{path}: {variants[0]} needs the weight as it is without adapters, and {', '.join(merged)} is merged into it; "
                 "unmerge first"

@@ -1,7 +1,8 @@
 """Base layers: a linear map with a dense or a 4-bit weight behind one interface.
 
 forward(x)                                     x (..., k) -> (..., n)
-forward_low_rank(x, A, B, scale, z, dropout, seed)   forward(x) + scale * dropout(z or x) A^T B^T
+forward_low_rank(x, A, B, scale, z, dropout, seed, with_bias)   forward(x) + scale * dropout(z or x) A^T B^T
+product(x)                                     x W^T, without the bias
 dense_weight(), set_dense_weight(w)            W (n, k) as floats, out and in
 rounded(w)                                     w as set_dense_weight would store it, in floats; nothing is stored
 weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so that a merge can be undone exactly
@@ -9,8 +10,20 @@ weight_snapshot(), restore_weight(snapshot)    the stored bytes themselves, so t
 
 from peftk.nn.base import base_layer, is_adaptable
 from peftk.nn.dense_linear import DenseConv1D, DenseLinear
+from peftk.nn.experts import Experts, is_experts
 from peftk.nn.int8_activations import use_int8_activations
 from peftk.nn.nf4_linear import NF4Linear
-from peftk.nn.quantize_model import quantize_model
+from peftk.nn.quantize_model import quantizable, quantize_model
 
-__all__ = ["DenseConv1D", "DenseLinear", "NF4Linear", "base_layer", "is_adaptable", "quantize_model", "use_int8_activations"]
+__all__ = [
+    "DenseConv1D",
+    "DenseLinear",
+    "Experts",
+    "NF4Linear",
+    "base_layer",
+    "is_adaptable",
+    "is_experts",
+    "quantizable",
+    "quantize_model",
+    "use_int8_activations",
+]

@@ -35,8 +35,8 @@ def add_low_rank(
     return y + functional.linear(s, B.to(s.dtype)) * scale
 
 
-class _Dense(nn.Module):
-    """What both layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k)."""
+class Dense:
+    """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k)."""
 
     def forward_low_rank(
         self,
@@ -72,7 +72,7 @@ class _Dense(nn.Module):
         self.weight.copy_(snapshot)
 
 
-class DenseLinear(_Dense, nn.Linear):
+class DenseLinear(Dense, nn.Linear):
     """nn.Linear behind the base-layer interface."""
 
     @classmethod
@@ -97,7 +97,7 @@ class DenseLinear(_Dense, nn.Linear):
         self.weight.copy_(w)
 
 
-class DenseConv1D(_Dense):
+class DenseConv1D(Dense, nn.Module):
     """transformers' Conv1D (weight (k, n)) behind the base-layer interface."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):

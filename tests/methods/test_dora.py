@@ -290,10 +290,14 @@ def test_not_beside_merged_adapters():
     peftk.attach(model, peftk.LoraConfig(target_modules=["q"]), "plain")
     fill(peftk.attach(model, peftk.LoraConfig(target_modules=["q"], use_dora=True), "d"), "d")
     peftk.merge(model, "plain")
-    with pytest.raises(ValueError, match="d: a DoRA adapter's norm is .* plain is merged into it; unmerge, then merge both"):
+    with pytest.raises(ValueError, match="expected DoRA where nothing is merged, got one where plain is merged: "):
         run(model, "net")
     peftk.merge(model, "d")
     assert run(model, "net").isfinite().all()
+    peftk.unmerge(model)
+    peftk.merge(model, "plain", keep_original=False)
+    with pytest.raises(ValueError, match="'d' can't be merged, plain is merged: .*; nothing was merged"):
+        peftk.merge(model, "d")
 
 
 def test_copies_keep_their_own_norms():

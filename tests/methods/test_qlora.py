@@ -1,51 +1,72 @@
-"""QLoRA's settings are the paper's, and what is quantised and adapted is what it says."""
+"""QLoRA as a recipe, with starts that are taken out of the weights before these are quantised."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from tiny_models import llama
-from torch import nn
+from tiny_models import assert_same_state, llama, run, state_of, t5, weight_grads
 
 import peftk
-from peftk.methods.lora_linear import LoraLinear
+from peftk.methods.attach import wrappers
+from peftk.nn import NF4Linear
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def error(w: torch.Tensor, other: torch.Tensor) -> float:
+    return ((w - other).norm() / w.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("parameters", "lr", "dropout"), [(6.7e9, 2e-4, 0.1), (13.0e9, 2e-4, 0.1), (32.5e9, 1e-4, 0.05), (65.2e9, 1e-4, 0.05)]
+    "fields",
+    [
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": True},
+    ],
+    ids=lambda fields: str(fields["init_lora_weights"]),
 )
-def test_the_papers_settings_by_size(parameters, lr, dropout):
-    recipe = peftk.qlora_recipe(parameters)
-    assert recipe.optimizer == {"lr": lr, "betas": (0.9, 0.999), "weight_decay": 0.0}
-    assert (recipe.max_grad_norm, recipe.schedule) == (0.3, "constant")
-    config = recipe.config
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (64, 16, dropout, "all-linear")
+def test_starts_from_the_dense_weights(fields, dtype):
+    model = llama().to(dtype).eval()
+    dense = copy.deepcopy(model)
+    config = peftk.qlora_config(r=8, lora_alpha=8, target_modules=["q_proj", "down_proj"], **fields)
+    peftk.qlora(model, config, block_size=32, double_quant=False, progress=False)
+    layers = dict(wrappers(model))
+    assert len(layers) == 4
+    for path, module in dense.named_modules():
+        if path.rpartition(".")[2] in TARGETS:
+            ours = layers[path].base_layer if path in layers else model.get_submodule(path)
+            assert isinstance(ours, NF4Linear) and ours.block_size == 32 and not ours.double_quant and ours.weight_dtype == dtype
+            w, plain = module.weight.float(), peftk.quantize_nf4(module.weight.float(), 32, False).dequantize()
+            if path in layers and fields["init_lora_weights"] is not True:
+                assert error(w, layers[path].read_weight()) < 0.9 * error(w, plain)
+            else:
+                assert torch.equal(ours.dense_weight(), plain)
+    assert type(model.lm_head) is torch.nn.Linear
+    weight_grads(model.train(), "llama")
+    assert all(p.grad.any() for p in peftk.trainable_parameters(model) if p.shape[0] != 8)  # B's
+    if fields["init_lora_weights"] is not True:
+        assert (run(model.eval(), "llama") - run(dense, "llama")).norm() < (
+            run(plain_twin(dense), "llama") - run(dense, "llama")
+        ).norm()
 
 
-def test_a_model_counts_by_what_it_was_before_quantisation():
-    with torch.device("meta"):
-        large = nn.Sequential(*[nn.Linear(50_000, 50_000, bias=False) for _ in range(13)])  # 32.5e9
-    assert peftk.qlora_recipe(large).optimizer["lr"] == 1e-4
-    assert peftk.qlora_recipe(large[:5]).optimizer["lr"] == 2e-4
-    assert peftk.qlora_recipe(llama(), r=8).config.r == 8
+def plain_twin(dense: torch.nn.Module) -> torch.nn.Module:
+    """Quantised alike, without an adapter."""
+    return peftk.quantize_model(copy.deepcopy(dense), block_size=32, double_quant=False, progress=False)
 
 
-def test_the_recipe_on_a_model():
-    model = llama()
-    recipe = peftk.qlora_recipe(model, r=4)
-    peftk.qlora(model, recipe.config, progress=False)
-    adapted = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    assert len(adapted) == 14  # q, k, v, o, gate, up and down of two layers
-    for layer in adapted:
-        assert isinstance(layer.base_layer, peftk.nn.NF4Linear) and layer.base_layer.double_quant
-        assert layer.base_layer.quant_type == "nf4" and layer.base_layer.block_size == 64
-        assert layer.dropout["default"] == 0.1 and layer.scaling["default"] == 16 / 4
-    assert type(model.lm_head) is nn.Linear and model.is_gradient_checkpointing
-    optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), **recipe.optimizer)
-    assert optimizer.defaults["lr"] == 2e-4
-
-
-def test_the_adapter_alone_is_the_papers():
-    model = peftk.qlora(llama(), progress=False)
-    layer = model.model.layers[0].self_attn.q_proj
-    assert layer.lora_A["default"].shape == (64, 32) and layer.scaling["default"] == 0.25
+def test_loftq_only_where_a_layer_may_be_quantised():
+    model = t5()
+    before = state_of(model)
+    config = peftk.qlora_config(r=4, target_modules=["q", "wo"], init_lora_weights="loftq")
+    with pytest.raises(ValueError, match="target_modules: expected layers that are quantised .*, got encoder.*wo.* kept dense"):
+        peftk.qlora(model, config, progress=False)
+    assert_same_state(before, state_of(model))
+    peftk.qlora(model, peftk.qlora_config(r=4, target_modules=["q", "wo"], init_lora_weights="pissa"), progress=False)
+    wo = model.encoder.block[0].layer[1].DenseReluDense.wo
+    assert wo.weight.is_floating_point() and wo.taken is not None
+    assert run(model, "t5").isfinite().all()
