@@ -19,7 +19,8 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ad
 
     Which they are says the allocator once the last pruning is done; of an adapter that none works on, those whose value is 0.
     The Parameters stay the same objects with fewer rows, and lose their gradients; the state that ``optimizer`` has of them is
-    cut alike. The config's ``rank_pattern`` then says what is left, as HF peft's does.
+    cut alike, by its own ``cut_state(parameter, dim, index)`` where it has that method, which is called when the parameter has
+    its new shape. The config's ``rank_pattern`` then says what is left, as HF peft's does.
 
     ValueError, before anything is changed: an adapter that is no AdaLoRA's or whose ranks may still change, one that has only
     zeros, and a state whose layout is not that of the parameter.
@@ -31,10 +32,14 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ad
     work = {name: _kept(model, name) for name in names}
     cuts = [cut for name, kept in work.items() for cut in _cuts(model, name, kept)]
     state_of = {} if optimizer is None else optimizer.state
-    for cut in cuts:
-        _check_state(state_of, *cut)
-    for cut in cuts:
-        _apply(state_of, *cut)
+    by_itself = getattr(optimizer, "cut_state", None)
+    for path, parameter, _, _ in cuts if by_itself is None else ():
+        _check_state(path, parameter.shape, state_of.get(parameter, {}))
+    for _, parameter, rows, dim in cuts:
+        index = rows.nonzero()[:, 0].to(parameter.device)
+        _cut(parameter, dim, index, {} if by_itself else state_of.get(parameter, {}))
+        if by_itself and state_of.get(parameter):
+            by_itself(parameter, dim, index)
     for name, kept in work.items():
         _record(state, name, kept)
     return model
@@ -68,19 +73,18 @@ def _kept(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return kept
 
 
-def _check_state(state_of: dict, path: str, parameter: nn.Parameter, rows: torch.Tensor, dim: int) -> None:
-    for key, value in state_of.get(parameter, {}).items():
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+def _check_state(path: str, shape: torch.Size, state: dict[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape != shape:
             raise ValueError(
-                f"optimizer: expected states of the parameter's shape {tuple(parameter.shape)} for {path}, got {key!r} of shape "
+                f"optimizer: expected states of the parameter's shape {tuple(shape)} for {path}, got {key!r} of shape "
                 f"{tuple(value.shape)}; compact without it and make a new optimizer"
             )
 
 
 @torch.no_grad()
-def _apply(state_of: dict, path: str, parameter: nn.Parameter, rows: torch.Tensor, dim: int) -> None:
-    index = rows.nonzero()[:, 0].to(parameter.device)
-    state = state_of.get(parameter, {})
+def _cut(parameter: nn.Parameter, dim: int, index: torch.Tensor, state: dict[str, Any]) -> None:
+    """Keep these rows of a parameter and of the optimizer's tensors of its shape."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
             state[key] = value.index_select(dim, index.to(value.device))

@@ -75,6 +75,29 @@ def test_training_goes_on_as_if_the_rows_were_held_at_0(optimizer_class):
         torch.testing.assert_close(run(held, "net"), run(cut, "net"), rtol=1e-4, atol=1e-4)
 
 
+class Halved(torch.optim.SGD):
+    """Keeps a moment at half the size; torch would not know how to cut it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
+            self.state[p].setdefault("packed", torch.zeros(-(-p.numel() // 2)))
+
+    def cut_state(self, parameter: nn.Parameter, dim: int, index: torch.Tensor) -> None:
+        assert parameter.shape[dim] == len(index)  # it has its new shape
+        self.state[parameter] = {"packed": torch.zeros(-(-parameter.numel() // 2)), "kept": index}
+
+
+def test_an_optimizer_may_cut_its_state_itself():
+    model, optimizer = trained(Halved)
+    masks = {path: rows.clone() for path, rows in peftk.rank_allocator(model).kept.items()}
+    peftk.compact(model, optimizer)
+    for path, rows in masks.items():
+        for p in model.get_submodule(path).triplets("default") if not rows.all() else ():
+            assert torch.equal(optimizer.state[p]["kept"], rows.nonzero()[:, 0])
+            assert optimizer.state[p]["packed"].numel() == -(-p.numel() // 2)
+
+
 def test_a_living_loss_does_not_keep_the_old_shape():
     model, optimizer = trained()
     loss = run(model, "net").sum()
