@@ -337,3 +337,39 @@ def test_another_base_in_four_bits():
     torch.testing.assert_close(run(model, "net"), y, rtol=0.3, atol=0.3)
     peftk.unmerge(model)
     assert torch.equal(run(model, "net"), y)
+
+
+def _train_in_a_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model, _ = started()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=0.05, weight_decay=0.0)
+    schedule = peftk.adalora_schedule(model, optimizer)
+    for step in range(12):
+        optimizer.zero_grad()
+        loss_of(ddp, step + 100 * rank).backward()  # other data in each
+        optimizer.step()
+    torch.save({"ranks": schedule.allocator.ranks(), "values": values(model)}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.full
+def test_processes_with_data_of_their_own_keep_the_same_triplets(tmp_path):
+    torch.multiprocessing.spawn(_train_in_a_process, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["ranks"] == other["ranks"] and sum(one["ranks"].values()) == 8
+    assert_equal(one["values"], other["values"])
+    assert one["values"]["base_model.model.layers.0.q.lora_A"].shape == (4, 32)  # DDP's buckets know the shapes
+
+
+def test_among_processes_rows_stay(monkeypatch, caplog):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model, optimizer = started()
+    schedule = peftk.adalora_schedule(model, optimizer)
+    train(model, optimizer, range(12))
+    assert "pruned triplets stay, with value 0: gradients are shared among processes" in caplog.text
+    assert sum(schedule.allocator.ranks().values()) == 8 and model.layers[0]["q"].rank("default") == 4
+    peftk.compact(model, optimizer)
+    assert sum(len(t) for key, t in values(model).items() if key.endswith("lora_E")) == 8
