@@ -12,7 +12,8 @@ from peftk.methods.attach import (
 from peftk.methods.combine import combine_adapters
 from peftk.methods.compaction import compact
 from peftk.methods.eva import eva_init
-from peftk.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+from peftk.methods.lora import LoraConfig
+from peftk.methods.lora_fields import EvaConfig, LoftQConfig
 from peftk.methods.lora_plus import lora_plus_groups
 from peftk.methods.merge import disable_adapters, merge, unmerge
 from peftk.methods.orthogonality import orthogonality_loss

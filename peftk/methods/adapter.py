@@ -152,9 +152,10 @@ class AdapterLayer(Wrapper):
         """What the path of the layer's weight has beyond the layer's own."""
         return ""
 
-    def parts(self) -> list[Any]:
-        """What is merged, a stored matrix at a time: objects with this layer's ``label``, ``weight``, ``delta_weight``,
-        ``read_weight``, ``merged_weight``, ``rounded`` and ``write_weight``. The layer itself, where it has one matrix."""
+    def parts(self, names: Iterable[str]) -> list[Any]:
+        """What merging ``names`` changes, a stored matrix at a time: objects with this layer's ``label``, ``weight``,
+        ``delta_weight``, ``read_weight``, ``merged_weight``, ``rounded`` and ``write_weight``. The layer itself, where it has one
+        matrix."""
         return [self]
 
     def why_no_merge(self, name: str) -> str:
@@ -202,7 +203,7 @@ class AdapterLayer(Wrapper):
         if is_tied:
             self._tied = self.base_layer.weight
             self.base_layer.weight = nn.Parameter(self._tied.detach().clone(), requires_grad=self._tied.requires_grad)
-        for part in self.parts():
+        for part in self.parts(names):
             part.write_weight(part.merged_weight(names))
         self.merged = [*self.merged, *names]
 

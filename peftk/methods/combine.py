@@ -71,8 +71,9 @@ class _Source:
     """One adapter in one layer."""
 
     def __init__(self, layer: AdapterLayer, name: str, weight: float):
-        self.name, self.weight, self.scale = name, weight, layer.scaling[name]
+        self.name, self.weight = name, weight
         self.matrices: Matrices = layer.matrices(name)
+        self.scales = {label: layer.matrix_scale(name, label) for label in self.matrices}
 
 
 @dataclass
@@ -98,7 +99,7 @@ class _Recipe:
         return self.rank or max(source.matrices[label][0].shape[1] for source in sources)
 
     def _exact(self, path: str, label: str, sources: list[_Source]) -> tuple[torch.Tensor, torch.Tensor]:
-        A = torch.cat([s.matrices[label][0] * (s.weight * s.scale) for s in sources], 1)
+        A = torch.cat([s.matrices[label][0] * (s.weight * s.scales[label]) for s in sources], 1)
         B = torch.cat([s.matrices[label][1] for s in sources], 2)
         return (A, B) if self.method == "cat" else truncate(A, B, self._rank(label, sources))
 
@@ -107,7 +108,7 @@ class _Recipe:
         if len(set(ranks.values())) > 1:
             told = ", ".join(f"{name} {r}" for name, r in ranks.items())
             raise ValueError(f'method: {self.method!r} needs adapters of one rank, got {told} in {path}; use "cat" or "svd"')
-        both = [s.weight * s.scale for s in sources]
+        both = [s.weight * s.scales[label] for s in sources]
         roots = [math.sqrt(abs(w)) for w in both]
         signed = [math.copysign(root, w) for root, w in zip(roots, both, strict=True)]
         return (
@@ -118,7 +119,7 @@ class _Recipe:
     def _of_products(self, path: str, label: str, sources: list[_Source]) -> tuple[torch.Tensor, torch.Tensor]:
         made, method = [], self.method.removesuffix("_svd")
         for matrix in range(sources[0].matrices[label][0].shape[0]):
-            deltas = [s.matrices[label][1][matrix] @ s.matrices[label][0][matrix] * s.scale for s in sources]
+            deltas = [s.matrices[label][1][matrix] @ s.matrices[label][0][matrix] * s.scales[label] for s in sources]
             total = self._sum(deltas, [s.weight for s in sources], method)
             made.append(low_rank_of(total, self._rank(label, sources)))
         return torch.stack([A for A, _ in made]), torch.stack([B for _, B in made])
@@ -135,11 +136,14 @@ def _config(model: nn.Module, configs: list[LoraConfig], made: dict[str, Matrice
     """Selects just these layers, each with its own rank, and alpha = r."""
     ranks = {f"{path}{label}": A.shape[1] for path, matrices in made.items() for label, (A, _) in matrices.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
+    layers = [path for path, matrices in made.items() if "" in matrices]
+    stacked = [f"{path}{label}" for path, matrices in made.items() for label in matrices if label]
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules="|".join(map(re.escape, made)),
+        target_modules="|".join(map(re.escape, layers)) or [],
+        target_parameters=stacked or None,
         modules_to_save=sorted({name for c in configs for name in c.modules_to_save or ()}) or None,
         rank_pattern=others,
         alpha_pattern=dict(others),
@@ -147,8 +151,8 @@ def _config(model: nn.Module, configs: list[LoraConfig], made: dict[str, Matrice
         base_model_name_or_path=configs[0].base_model_name_or_path,
     )
     modules = visible_modules(model, lambda module: isinstance(module, Wrapper))
-    names = short_names(modules, list(made), config)
-    if set(matching(modules, names, config)) == set(made):
+    names = short_names(modules, layers, config)
+    if set(matching(modules, names, config)) == set(layers):
         config.target_modules = names
     return config
 

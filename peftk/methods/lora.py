@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +17,12 @@ from torch import nn
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
 from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
+from peftk.methods.lora_experts import LoraExperts
+from peftk.methods.lora_fields import EvaConfig, LoftQConfig, are_names, is_number, is_pattern, is_rank, sub_config
 from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.lora_rules import check_config, check_layers
+from peftk.methods.target_parameters import select_parameters
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_can_be_saved_whole,
@@ -32,7 +33,7 @@ from peftk.methods.targets import (
     short_names,
     visible_modules,
 )
-from peftk.nn import DenseConv1D, base_layer, is_adaptable
+from peftk.nn import DenseConv1D, Experts, base_layer, is_adaptable, is_experts
 from peftk.progress import track
 
 # Fields of HF peft's file that say nothing about what is computed, or only together with a field that is refused below.
@@ -43,40 +44,6 @@ _INFORMATIVE = {
 
 
 @dataclass
-class LoftQConfig:
-    """HF peft's fields, and how the weight is quantised, which HF peft leaves to another place."""
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1  # alternations of quantising and decomposing
-    block_size: int = 64
-    double_quant: bool = True
-
-    def __post_init__(self) -> None:
-        if self.loftq_bits != 4:
-            raise ValueError(f"loftq_bits: expected 4, as the weights are NF4, got {self.loftq_bits!r}")
-        if not _is_rank(self.loftq_iter):
-            raise ValueError(f"loftq_iter: expected a positive integer, got {self.loftq_iter!r}")
-
-
-@dataclass
-class EvaConfig:
-    """HF peft's fields (Paischer et al. 2024)."""
-
-    rho: float = 2.0  # a layer's rank may grow to rho * r; 1 leaves all as they are
-    tau: float = 0.99  # cosine with the step before from which a direction counts as found
-    use_label_mask: bool = True  # tokens whose label is label_mask_value don't count
-    label_mask_value: int = -100
-    whiten: bool = False  # divide each direction by the square root of its singular value
-    adjust_scaling_factors: bool = True  # alpha grows with the rank, so that alpha / r stays
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.rho) or self.rho < 1:
-            raise ValueError(f"rho: expected a number of at least 1, got {self.rho!r}")
-        if not _is_number(self.tau) or not 0 <= self.tau <= 1:
-            raise ValueError(f"tau: expected a cosine in [0, 1], got {self.tau!r}")
-
-
-@dataclass
 class LoraConfig:
     """HF peft's field names, so that an adapter_config.json is readable both ways."""
 
@@ -84,6 +51,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the branch's input, in training
     target_modules: list[str] | str | None = None  # names, a regular expression, "all-linear"; None: q and v by architecture
+    target_parameters: list[str] | None = None  # names of 3-D weights of fused experts: "experts.down_proj"
     exclude_modules: list[str] | str | None = None  # taken out of target_modules
     layers_to_transform: list[int] | int | None = None  # of numbered layers these only
     layers_pattern: list[str] | str | None = None  # what the list of layers is called; None: anything
@@ -106,26 +74,26 @@ class LoraConfig:
     peft_type = "LORA"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             if isinstance(value := getattr(self, name), set | tuple):
                 setattr(self, name, sorted(value))
         for name, kind, start in (("loftq_config", LoftQConfig, "loftq"), ("eva_config", EvaConfig, "eva")):
-            setattr(self, name, _sub_config(name, getattr(self, name), kind, self.init_lora_weights == start))
+            setattr(self, name, sub_config(name, getattr(self, name), kind, self.init_lora_weights == start))
         checks = {
-            "r": (_is_rank(self.r), "a positive integer"),
-            "lora_alpha": (_is_number(self.lora_alpha), "a finite number"),
-            "lora_dropout": (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
-            "target_modules": (_are_names(self.target_modules), "names or a regular expression"),
-            "exclude_modules": (_are_names(self.exclude_modules), "names or a regular expression"),
-            "modules_to_save": (
-                _are_names(self.modules_to_save) and not isinstance(self.modules_to_save, str),
-                "a list of names",
-            ),
+            "r": (is_rank(self.r), "a positive integer"),
+            "lora_alpha": (is_number(self.lora_alpha), "a finite number"),
+            "lora_dropout": (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
+            "target_modules": (are_names(self.target_modules), "names or a regular expression"),
+            "exclude_modules": (are_names(self.exclude_modules), "names or a regular expression"),
+            **{
+                name: (are_names(value := getattr(self, name)) and not isinstance(value, str), "a list of names")
+                for name in ("target_parameters", "modules_to_save")
+            },
             "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
             "use_rslora": (isinstance(self.use_rslora, bool), "True or False"),
             "use_dora": (isinstance(self.use_dora, bool), "True or False"),
-            "rank_pattern": (_is_pattern(self.rank_pattern, _is_rank), "regular expressions with positive ranks"),
-            "alpha_pattern": (_is_pattern(self.alpha_pattern, _is_number), "regular expressions with finite numbers"),
+            "rank_pattern": (is_pattern(self.rank_pattern, is_rank), "regular expressions with positive ranks"),
+            "alpha_pattern": (is_pattern(self.alpha_pattern, is_number), "regular expressions with finite numbers"),
             "layers_to_transform": (
                 self.layers_to_transform is None or not isinstance(self.target_modules, str),
                 "None where target_modules is one string (give a list of names)",
@@ -175,28 +143,35 @@ class LoraConfig:
         )
 
     def targets(self, model: nn.Module) -> list[str]:
-        """Paths of the modules that this config selects. ValueError where it selects none, or what can't be adapted."""
+        """Paths of the modules that this config selects, without target_parameters', beside which None means none, as in HF peft.
+        ValueError where nothing is selected, or what can't be adapted."""
+        if self.target_parameters and not self.target_modules:
+            return []
         return select(model, self, _is_supported, _is_wrapper)
 
     def inject(self, model: nn.Module, name: str) -> LoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
+        stacked = select_parameters(modules, self.target_parameters or ())
         paths = self.targets(model)
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
-        check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in paths})
+        check_layers(self, model, {path: (modules[path], layer_class(modules[path])) for path in [*paths, *stacked]})
         sizes = {path: self._rank_and_scaling(path) for path in paths}
         for path, (rank, _) in sizes.items():
-            check_rank(path, modules[path], rank)
+            check_rank(path, modules[path], rank, self)
         starts = self._starts({path: modules[path] for path in paths}, sizes)
-        put_in_place(model, {modules[p]: wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
+        put_in_place(model, {modules[p]: wrap for p in [*paths, *stacked]} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
             layer = model.get_submodule(path)
             layer.add_adapter(name, *sizes[path], self)
             if path in starts:
                 layer.take_start(name, starts.pop(path))
+        for path, parameters in stacked.items():
+            for parameter in parameters:
+                model.get_submodule(path).add_adapter(name, parameter, *self._rank_and_scaling(f"{path}.{parameter}"), self)
         for path in whole:
             model.get_submodule(path).add_adapter(name)
         return self._resolved(model, modules, paths, whole)
@@ -224,34 +199,10 @@ class LoraConfig:
             config.target_modules = short_names(modules, paths, self)
         if whole:
             config.modules_to_save = sorted({*(self.modules_to_save or ()), *(path.rpartition(".")[2] for path in whole)})
-        config.fan_in_fan_out = all(isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths)
+        config.fan_in_fan_out = bool(paths) and all(
+            isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths
+        )
         return config
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_expression(value: str) -> bool:
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
-
-
-def _are_names(value: Any) -> bool:
-    if value is None or isinstance(value, str):
-        return value is None or _is_expression(value)
-    return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
-
-
-def _is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(_is_expression(key) and is_right(v) for key, v in value.items())
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -272,6 +223,8 @@ def layer_class(module: nn.Module) -> type[AdapterLayer]:
         return type(module)
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
+    if isinstance(module, Experts) or is_experts(module):
+        return LoraExperts
     return LoraConv if type(module) in CONVOLUTIONS else LoraLinear
 
 
@@ -283,16 +236,3 @@ def wrap(module: nn.Module) -> AdapterLayer:
 def _weight_of(module: nn.Module) -> torch.Tensor:
     """W (n, k) of a linear layer, plain or with adapters."""
     return module.read_weight() if isinstance(module, AdapterLayer) else base_layer(module).dense_weight()
-
-
-def _sub_config(name: str, value: Any, kind: type, is_used: bool) -> Any:
-    """An instance of ``kind`` from one, from a dict, from HF peft's of the same fields; the defaults where None is used."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, kind):
-        value = dataclasses.asdict(value)
-    if not value:
-        return kind() if is_used else None
-    if not isinstance(value, kind | dict):
-        raise ValueError(f"{name}: expected a {kind.__name__} or a dict of its fields, got {value!r}")
-    if isinstance(value, dict) and (unknown := sorted(set(value) - {f.name for f in dataclasses.fields(kind)})):
-        raise ValueError(f"{name}: expected fields of {kind.__name__}, got {', '.join(unknown)}")
-    return kind(**value) if isinstance(value, dict) else value

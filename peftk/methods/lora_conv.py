@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from peftk.methods.adapter import PlainLayer
+from peftk.methods.lora_init import draw
 from peftk.methods.low_rank import LowRank
 from peftk.ops.philox_dropout import draw_seed, philox_dropout
 
@@ -30,12 +31,14 @@ def _window(module: nn.Module) -> nn.Module:
     )  # fmt: skip
 
 
-def check_rank(path: str, module: nn.Module, r: int) -> None:
-    """ValueError where the base's groups don't divide a convolution's rank."""
+def check_rank(path: str, module: nn.Module, r: int, config: LoraConfig) -> None:
+    """ValueError where the base's groups don't divide a convolution's rank, or break a start's B A = 0."""
     base = module.base_layer if isinstance(module, LoraConv) else module
     groups = getattr(base, "groups", 1) if type(base) in CONVOLUTIONS else 1
     if r % groups:
         raise ValueError(f"r: expected a multiple of groups={groups} for the convolution {path}, got {r}")
+    if groups > 1 and config.init_lora_weights == "orthogonal":
+        raise ValueError(f'init_lora_weights: "orthogonal" does not start at B A = 0 with the groups of the convolution {path}')
 
 
 class LoraConv(LowRank, PlainLayer):
@@ -58,17 +61,11 @@ class LoraConv(LowRank, PlainLayer):
         return list(self.lora_A)
 
     def add_adapter(self, name: str, r: int, scaling: float, config: LoraConfig) -> None:
-        """Fresh factors: A Kaiming-uniform (a = sqrt 5) or Gaussian, B zero."""
-        base = self.base_layer
+        """Fresh factors, as a linear layer's over all of a window."""
+        base, window = self.base_layer, self.base_layer.kernel_size
         facts = {"device": self.weight.device, "dtype": self.factor_dtype()}
-        A = torch.zeros(r, base.in_channels, *base.kernel_size, **facts)
-        B = torch.zeros(base.out_channels, r // base.groups, *[1] * len(base.kernel_size), **facts)
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        A, B = draw(config.init_lora_weights, base.out_channels, base.in_channels * math.prod(window), r, **facts)
+        A, B = A.view(r, -1, *window), B[:, : r // base.groups].reshape(-1, r // base.groups, *[1] * len(window))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.scaling[name], self.dropout[name] = scaling, config.lora_dropout
 

@@ -14,9 +14,13 @@ class LowRank:
     scaling: dict[str, float]
 
     def matrices(self, name: str) -> Matrices:
-        """The factors of what the adapter adds to the weight."""
+        """The factors of what the adapter adds to the weight, without the scale."""
         A, B = self._matrix_factors(name)
         return {"": (A.detach().flatten(1)[None], B.detach().flatten(1)[None])}
+
+    def matrix_scale(self, name: str, label: str) -> float:
+        """The scale of ``matrices(name)[label]``."""
+        return self.scaling[name]
 
     @torch.no_grad()
     def set_matrices(self, name: str, matrices: Matrices) -> None:

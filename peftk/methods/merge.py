@@ -178,7 +178,7 @@ def _check_can_merge(model: nn.Module, names: list[str]) -> None:
 @torch.no_grad()
 def _check_finite(path: str, layer: Wrapper, names: list[str]) -> None:
     """As the weight will be stored: a sum may leave fp16's range."""
-    for part in layer.parts() if isinstance(layer, AdapterLayer) else ():
+    for part in layer.parts(names) if isinstance(layer, AdapterLayer) else ():
         w = part.merged_weight(names)
         stored = part.weight.dtype if part.weight.dtype.is_floating_point else w.dtype
         if not torch.isfinite(w.to(stored)).all():

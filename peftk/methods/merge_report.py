@@ -53,7 +53,7 @@ def report_of(layers: Iterable[tuple[str, AdapterLayer, list[str]]]) -> MergeRep
     """One weight at a time is in memory; none is changed."""
     found = []
     for path, layer, names in layers:
-        for part in layer.parts():
+        for part in layer.parts(names):
             exact = part.merged_weight(names)
             off = torch.linalg.norm(part.rounded(exact).sub_(exact)).item()
             added = torch.linalg.norm(exact - part.read_weight()).item()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftk.methods.adapter import ModuleToSave, Wrapper, swap_modules
-from peftk.nn import NF4Linear
+from peftk.nn import Experts, NF4Linear
 
 # Query and value projections, as LoRA's paper has them (Hu et al. 2021, section 7.1), under each architecture's own names.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
@@ -143,13 +143,13 @@ def put_in_place(model: nn.Module, wanted: dict[nn.Module, Callable[[nn.Module],
 
 
 def visible_modules(model: nn.Module, is_ours: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
-    """All modules by path, but those inside a wrapper."""
+    """All modules by path, but those inside a wrapper or inside experts, which are one layer."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path and not path.startswith(inside):
             found[path] = module
-            if is_ours(module):
+            if is_ours(module) or isinstance(module, Experts):
                 inside += (f"{path}.",)
     return found
 
