@@ -1,8 +1,8 @@
 """AdaLoRA (Zhang et al. 2023): the change of a weight in the form of a singular value decomposition, and a budget of singular
 values that training spends where they matter.
 
-``adalora_linear.py`` is the layer, ``rank_allocator.py`` decides which triplets stay, ``adalora_schedule.py`` lets it do so from
-an optimizer's hook, ``orthogonality.py`` keeps the vectors apart.
+``adalora_layer.py`` is what layers share, ``rank_allocator.py`` decides which triplets stay, ``adalora_schedule.py`` lets it do
+so from an optimizer's hook, ``compaction.py`` removes the others, ``orthogonality.py`` keeps the vectors apart.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from typing import Any
 
 from torch import nn
 
+from peftk.methods.adalora_conv import AdaLoraConv
+from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.adalora_linear import AdaLoraLinear
 from peftk.methods.adapter import ModuleToSave, Wrapper
 from peftk.methods.attach import attached, known
 from peftk.methods.lora import LoraConfig
+from peftk.methods.lora_conv import CONVOLUTIONS
+from peftk.methods.lora_fields import is_number, is_rank
 from peftk.methods.targets import ALL_LINEAR, check_can_be_saved_whole, put_in_place, select, select_whole, visible_modules
 from peftk.nn import is_adaptable
 
@@ -66,23 +70,23 @@ class AdaLoraConfig(LoraConfig):
             logger.warning("r: AdaLoRA doesn't use it, got %d; its ranks are init_r and target_r", self.r)
 
     def _checks(self) -> dict[str, tuple[bool, str]]:
-        end = self.total_step - self.tfinal if _is_whole(self.total_step, 1) and _is_whole(self.tfinal, 0) else 0
+        end = self.total_step - self.tfinal if is_rank(self.total_step) and _is_count(self.tfinal) else 0
         return {
-            "init_r": (_is_whole(self.init_r, 1), "a positive integer"),
+            "init_r": (is_rank(self.init_r), "a positive integer"),
             "target_r": (
-                _is_whole(self.target_r, 1) and self.target_r <= self.init_r,
+                is_rank(self.target_r) and self.target_r <= self.init_r,
                 f"a positive integer of at most init_r ({self.init_r})",
             ),
-            "total_step": (_is_whole(self.total_step, 1), "a positive integer, the optimizer steps of the whole training"),
-            "tfinal": (_is_whole(self.tfinal, 0), "an integer of at least 0"),
+            "total_step": (is_rank(self.total_step), "a positive integer, the optimizer steps of the whole training"),
+            "tfinal": (_is_count(self.tfinal), "an integer of at least 0"),
             "tinit": (
-                _is_whole(self.tinit, 0) and self.tinit < end,
+                _is_count(self.tinit) and self.tinit < end,
                 f"an integer from 0 to below total_step - tfinal ({end}), so that there is a phase in which ranks fall",
             ),
-            "deltaT": (_is_whole(self.deltaT, 1), "a positive integer"),
+            "deltaT": (is_rank(self.deltaT), "a positive integer"),
             "beta1": (_is_between(self.beta1), "a number between 0 and 1"),
             "beta2": (_is_between(self.beta2), "a number between 0 and 1"),
-            "orth_reg_weight": (_is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "a number of at least 0"),
+            "orth_reg_weight": (is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "a number of at least 0"),
             "init_lora_weights": (self.init_lora_weights in (True, False), "True or False"),
             "rank_pattern": (
                 self.rank_pattern is None or all(self._is_row_of_flags(flags) for flags in self.rank_pattern.values()),
@@ -104,12 +108,13 @@ class AdaLoraConfig(LoraConfig):
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
-        paths = select(model, self, _is_supported, _is_wrapper)
+        paths = select(model, self, _is_supported, _is_wrapper, "linear layers or convolutions")
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])
         ranks = self._ranks(paths)
-        put_in_place(model, {modules[p]: AdaLoraLinear for p in paths} | {modules[p]: ModuleToSave for p in whole})
+        _check_groups({path: modules[path] for path in paths})
+        put_in_place(model, {modules[p]: _wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})
         for path in paths:
             model.get_submodule(path).add_adapter(name, ranks[path], self)
         for path in whole:
@@ -142,16 +147,12 @@ def names_in(model: nn.Module) -> list[str]:
     return names
 
 
-def _is_whole(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_count(value: Any) -> bool:
+    return value == 0 or is_rank(value)
 
 
 def _is_between(value: Any) -> bool:
-    return _is_number(value) and 0 < value < 1
+    return is_number(value) and 0 < value < 1
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -159,4 +160,17 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _is_supported(module: nn.Module) -> bool:
-    return isinstance(module, AdaLoraLinear) or is_adaptable(module)
+    return isinstance(module, AdaLoraLayer) or is_adaptable(module) or type(module) in CONVOLUTIONS
+
+
+def _wrap(module: nn.Module) -> AdaLoraLayer:
+    return AdaLoraConv(module) if type(module) in CONVOLUTIONS else AdaLoraLinear(module)
+
+
+def _check_groups(modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if (groups := getattr(module, "groups", 1)) != 1:
+            raise ValueError(
+                f"target_modules: {path} is a convolution with groups={groups}, and what AdaLoRA adds goes across groups; "
+                "exclude_modules leaves it out"
+            )

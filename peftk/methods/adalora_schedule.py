@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 from peftk.methods.adalora import config_of
-from peftk.methods.adalora_linear import AdaLoraLinear, Triplets
+from peftk.methods.adalora_layer import AdaLoraLayer, Triplets
 from peftk.methods.attach import attached, wrappers
 from peftk.methods.compaction import compact
 from peftk.methods.orthogonality import add_gradient, factors
@@ -147,7 +147,7 @@ class AdaLoraSchedule:
 
 
 def _matrices(model: nn.Module, name: str) -> dict[str, Triplets]:
-    layers = wrappers(model, AdaLoraLinear)
+    layers = wrappers(model, AdaLoraLayer)
     return {path: layer.triplets(name) for path, layer in layers if name in layer.adapter_names()}
 
 

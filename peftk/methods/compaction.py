@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftk.methods.adalora import config_of, names_in
-from peftk.methods.adalora_linear import AdaLoraLinear
+from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.attach import attached, wrappers
 
 _ROWS_OF = (0, 0, 1)  # the dimension of A, E and B that counts triplets
@@ -66,7 +66,7 @@ def _kept(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         )
     if allocator is not None:
         return dict(allocator.kept)
-    layers = {path: layer for path, layer in wrappers(model, AdaLoraLinear) if name in layer.adapter_names()}
+    layers = {path: layer for path, layer in wrappers(model, AdaLoraLayer) if name in layer.adapter_names()}
     kept = {path: (layer.triplets(name).E.detach()[:, 0] != 0).cpu() for path, layer in layers.items()}
     if not any(rows.any() for rows in kept.values()):
         raise ValueError(f"adapter_name: expected an adapter that was trained, got {name!r}, all of whose values are 0")

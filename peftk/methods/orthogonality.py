@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftk.methods.adalora import config_of, names_in
-from peftk.methods.adalora_linear import AdaLoraLinear
+from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.attach import attached, wrappers
 
 
@@ -29,7 +29,7 @@ def orthogonality_loss(model: nn.Module, adapter_name: str | None = None) -> tor
 def factors(model: nn.Module, adapter_name: str) -> list[tuple[torch.Tensor, bool]]:
     """Each A (r, k) and B (n, r) of the adapter that has rows left, and whether its vectors are columns."""
     found = []
-    for _, layer in wrappers(model, AdaLoraLinear):
+    for _, layer in wrappers(model, AdaLoraLayer):
         if adapter_name in layer.adapter_names() and layer.rank(adapter_name):
             A, _, B = layer.triplets(adapter_name)
             found += [(A, False), (B, True)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftk.methods.adalora_linear import Triplets
+from peftk.methods.adalora_layer import Triplets
 
 if TYPE_CHECKING:
     from peftk.methods.adalora import AdaLoraConfig

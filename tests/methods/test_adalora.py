@@ -259,7 +259,7 @@ def test_r_is_not_used(caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_modules": ["embed"]}, r"target_modules: expected linear layers.*got embed \(Embedding\)"),
+        ({"target_modules": ["embed"]}, r"target_modules: expected linear layers or convolutions, got embed \(Embedding\)"),
         ({"rank_pattern": {"layers.0.k.lora_E": [True] * 4}}, "rank_pattern: expected paths of modules.*got layers.0.k"),
     ],
 )

@@ -8,7 +8,7 @@ from tiny_models import Net, fill, hf_model
 from torch import nn
 
 import peftk
-from peftk.methods.adalora_linear import Triplets
+from peftk.methods.adalora_layer import Triplets
 from peftk.methods.rank_allocator import RankAllocator
 
 
