@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from peftk.methods.adalora import config_of
 from peftk.methods.adalora_layer import AdaLoraLayer, Triplets
-from peftk.methods.attach import attached, wrappers
+from peftk.methods.attach import attached, find_attached, wrappers
 from peftk.methods.compaction import compact
 from peftk.methods.orthogonality import add_gradient, factors
 from peftk.methods.rank_allocator import RankAllocator
@@ -77,6 +77,7 @@ class AdaLoraSchedule:
             dataclasses.replace(self.allocator.config, total_step=total_step)  # its checks
             self.allocator.config.total_step = total_step
         self._counts = True  # whether the step that is going on does
+        self._skipped = 0  # steps that the optimizer had skipped before it
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -112,6 +113,10 @@ class AdaLoraSchedule:
                 raise ValueError(f"optimizer: expected the parameters of {self.adapter_name!r} in it, got one without {path}'s")
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._is_in_place():
+            self._counts = False
+            return
+        self._skipped = getattr(optimizer, "skipped_steps", 0)
         parameters = [p for triplets in _matrices(self.model, self.adapter_name).values() for p in triplets]
         has_closure = any(argument is not None for argument in (*args[1:], *kwargs.values()))  # args[0] is the optimizer
         self._counts = has_closure or any(p.grad is not None for p in parameters)
@@ -127,13 +132,18 @@ class AdaLoraSchedule:
             add_gradient(factors(self.model, self.adapter_name), weight * _grad_scale(optimizer))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._counts or _was_skipped(optimizer):
+        if not self._counts or _found_infinity(optimizer) or getattr(optimizer, "skipped_steps", 0) > self._skipped:
             return
         was_final = self.allocator.is_final
         matrices = _matrices(self.model, self.adapter_name)
         self.allocator.advance(matrices, self.allocator.step + 1, _grad_scale(optimizer))
         if self.compact and self.allocator.is_final and not was_final:
             self._compact(optimizer)
+
+    def _is_in_place(self) -> bool:
+        """Whether the adapter is still there, and no other under its name."""
+        state = find_attached(self.model)
+        return state is not None and state.allocators.get(self.adapter_name) is self.allocator
 
     def _compact(self, optimizer: torch.optim.Optimizer) -> None:
         """Where shapes can't change the values stay 0, and a line says so: training goes on all the same."""
@@ -157,6 +167,6 @@ def _grad_scale(optimizer: torch.optim.Optimizer) -> float | torch.Tensor:
     return 1.0 if scale is None else scale
 
 
-def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+def _found_infinity(optimizer: torch.optim.Optimizer) -> bool:
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)

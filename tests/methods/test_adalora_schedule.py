@@ -183,6 +183,11 @@ def test_a_deleted_adapters_ranks_are_forgotten():
     peftk.delete_adapter(model, "default")
     peftk.attach(model, config())
     assert peftk.rank_allocator(model).step == 0
+    optimizer.add_param_group({"params": peftk.trainable_parameters(model)})
+    train(model, optimizer, range(2))  # the hook that was left on the optimizer belonged to the other
+    assert peftk.rank_allocator(model).step == 0
+    peftk.detach(model)
+    optimizer.step()
 
 
 def test_remove_leaves_the_optimizer_alone():
@@ -244,6 +249,31 @@ def test_a_fused_optimizers_scaled_gradients():
     optimizer.found_inf.fill_(1.0)
     optimizer.step()
     assert schedule.step == 3  # a step that was skipped doesn't count
+
+
+class Careful(torch.optim.SGD):
+    """Leaves out a step with gradients that aren't finite, as peftk.optim's may."""
+
+    skipped_steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not all(p.grad.isfinite().all() for p in self.param_groups[0]["params"] if p.grad is not None):
+            self.skipped_steps += 1
+            return
+        super().step()
+
+
+def test_a_step_that_the_optimizer_leaves_out_does_not_count():
+    model, _ = started()
+    optimizer = Careful(peftk.trainable_parameters(model), lr=0.05)
+    schedule = peftk.adalora_schedule(model, optimizer)
+    train(model, optimizer, range(2))
+    model.layers[0]["q"].lora_A["default"].grad[0, 0] = float("inf")
+    optimizer.step()
+    assert schedule.step == 2 and all(score.isfinite().all() for score in schedule.allocator.scores().values())
+    train(model, optimizer, range(2, 12))
+    assert schedule.step == 12 and schedule.allocator.is_final
 
 
 def test_bad_arguments():
