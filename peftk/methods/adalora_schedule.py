@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -78,6 +80,7 @@ class AdaLoraSchedule:
             self.allocator.config.total_step = total_step
         self._counts = True  # whether the step that is going on does
         self._skipped = 0  # steps that the optimizer had skipped before it
+        self._frame: FrameType | None = None  # of the step that is going on
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -113,8 +116,10 @@ class AdaLoraSchedule:
                 raise ValueError(f"optimizer: expected the parameters of {self.adapter_name!r} in it, got one without {path}'s")
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._is_inside_a_step():
+            return
+        self._frame, self._counts = sys._getframe(1), False
         if not self._is_in_place():
-            self._counts = False
             return
         self._skipped = getattr(optimizer, "skipped_steps", 0)
         parameters = [p for triplets in _matrices(self.model, self.adapter_name).values() for p in triplets]
@@ -132,13 +137,24 @@ class AdaLoraSchedule:
             add_gradient(factors(self.model, self.adapter_name), weight * _grad_scale(optimizer))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._frame is not sys._getframe(1):
+            return
+        self._frame = None
         if not self._counts or _found_infinity(optimizer) or getattr(optimizer, "skipped_steps", 0) > self._skipped:
             return
         was_final = self.allocator.is_final
         matrices = _matrices(self.model, self.adapter_name)
-        self.allocator.advance(matrices, self.allocator.step + 1, _grad_scale(optimizer))
+        self.allocator.advance(matrices, self.allocator.step + 1)
         if self.compact and self.allocator.is_final and not was_final:
             self._compact(optimizer)
+
+    def _is_inside_a_step(self) -> bool:
+        """Where an optimizer's step calls its parent class's, torch calls hooks for both; the outer one counts. A step that ended
+        with an exception is on the stack no more."""
+        frame = sys._getframe(2)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
 
     def _is_in_place(self) -> bool:
         """Whether the adapter is still there, and no other under its name."""
@@ -162,7 +178,8 @@ def _matrices(model: nn.Module, name: str) -> dict[str, Triplets]:
 
 
 def _grad_scale(optimizer: torch.optim.Optimizer) -> float | torch.Tensor:
-    """What a gradient scaler leaves to a fused optimizer to divide by; it sets these attributes for the length of a step."""
+    """What a gradient scaler leaves to a fused optimizer to divide by, for the length of a step. After the step the gradients
+    are divided: torch's fused kernels write them back."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else scale
 

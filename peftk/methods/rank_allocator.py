@@ -55,15 +55,15 @@ class RankAllocator:
         left = 1 - (step - tinit) / (self.final_step - tinit)
         return int((first - last) * left**3 + last)
 
-    def advance(self, matrices: dict[str, Triplets], step: int, grad_scale: float | torch.Tensor = 1.0) -> None:
-        """One optimizer step: note the gradients, which are ``grad_scale`` times too large, and prune where it is time.
+    def advance(self, matrices: dict[str, Triplets], step: int) -> None:
+        """One optimizer step: note the gradients, and prune where it is time.
 
         ValueError where no parameter has a gradient, or importances are not finite; nothing is pruned then.
         """
         is_last, is_due = step >= self.final_step, step > self.config.tinit and step % self.config.deltaT == 0
         if not self.is_final:
             if not is_last or not self._sensitivity:
-                self._observe(matrices, grad_scale)
+                self._observe(matrices)
             if is_last or is_due:
                 self._choose(self.budget(step), step)
         if self.is_final or is_last or is_due:
@@ -77,7 +77,7 @@ class RankAllocator:
         self.kept = {path: torch.ones(rank, dtype=torch.bool) for path, rank in self.ranks().items()}
 
     @torch.no_grad()
-    def _observe(self, matrices: dict[str, Triplets], grad_scale: float | torch.Tensor) -> None:
+    def _observe(self, matrices: dict[str, Triplets]) -> None:
         """A parameter without a gradient had no part in the loss: its I is 0."""
         parameters = [p for path in self.kept for p in matrices[path]]
         if all(p.grad is None for p in parameters):
@@ -89,7 +89,7 @@ class RankAllocator:
             self._uncertainty = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         self._sensitivity = [t.to(p.device) for t, p in zip(self._sensitivity, parameters, strict=True)]
         self._uncertainty = [t.to(p.device) for t, p in zip(self._uncertainty, parameters, strict=True)]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad / grad_scale for p in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         beta1, beta2 = self.config.beta1, self.config.beta2
         now = torch._foreach_mul([p.float() for p in parameters], [g.float() for g in gradients])
         torch._foreach_abs_(now)

@@ -218,37 +218,29 @@ def test_total_step_may_be_given_late():
     assert schedule.allocator.final_step == 37
 
 
-class Scaled(torch.optim.SGD):
-    """As a gradient scaler treats a fused optimizer: gradients come scaled, and so do found infinities."""
-
-    def __init__(self, parameters, scale: float):
-        super().__init__(parameters, lr=0.05)
-        self.grad_scale, self.found_inf = torch.tensor(scale), torch.tensor(0.0)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if not self.found_inf:
-            for p in self.param_groups[0]["params"]:
-                p.sub_(0.05 * p.grad / self.grad_scale)
-
-
-def test_a_fused_optimizers_scaled_gradients():
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_a_gradient_scaler(fused):
+    """Before a fused optimizer the scaler leaves gradients as they are, and says nothing of infinities."""
     results = []
     for scale in (1.0, 1024.0):
         model, _ = started()
-        optimizer = Scaled(peftk.trainable_parameters(model), scale)
+        optimizer = torch.optim.SGD(peftk.trainable_parameters(model), lr=0.05, fused=fused)
         schedule = peftk.adalora_schedule(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
         for step in range(3):
             optimizer.zero_grad()
-            (loss_of(model, step) * scale).backward()
-            optimizer.step()
+            scaler.scale(loss_of(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
         results.append((values(model), schedule.allocator.scores()))
     for one, other in zip(*results, strict=True):
         for key, value in one.items():
-            torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-8)
-    optimizer.found_inf.fill_(1.0)
-    optimizer.step()
-    assert schedule.step == 3  # a step that was skipped doesn't count
+            torch.testing.assert_close(value, other[key], rtol=1e-2, atol=1e-4 * value.abs().max().item())
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, 4)).backward()
+    model.layers[0]["q"].lora_A["default"].grad[0, 0] = float("inf")
+    scaler.step(optimizer)
+    assert schedule.step == 3 and all(score.isfinite().all() for score in schedule.allocator.scores().values())
 
 
 class Careful(torch.optim.SGD):
@@ -262,6 +254,33 @@ class Careful(torch.optim.SGD):
             self.skipped_steps += 1
             return
         super().step()
+
+
+def test_a_step_within_a_step_is_one():
+    """torch calls the hooks of a class's step and of its parent's, once an optimizer of the parent's class was made."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    plain, nested = [], []
+    for optimizer_class, result in ((torch.optim.SGD, plain), (Careful, nested)):
+        model, _ = started()
+        optimizer = optimizer_class(peftk.trainable_parameters(model), lr=0.05)
+        schedule = peftk.adalora_schedule(model, optimizer)
+        train(model, optimizer, range(3))
+        result += [schedule.step, values(model)]
+    assert plain[0] == nested[0] == 3
+    assert_equal(plain[1], nested[1])
+
+
+def test_a_step_that_failed_does_not_stop_the_rest():
+    model, _ = started()
+    optimizer = Careful(peftk.trainable_parameters(model), lr=0.05)
+    schedule = peftk.adalora_schedule(model, optimizer)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["params"].append(None)
+    with pytest.raises(AttributeError):
+        optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    train(model, optimizer, range(2, 4))
+    assert schedule.step == 4
 
 
 def test_a_step_that_the_optimizer_leaves_out_does_not_count():

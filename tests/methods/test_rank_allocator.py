@@ -239,21 +239,6 @@ def test_the_last_pruning_comes_also_where_its_step_was_missed():
     assert allocator.is_final and sum(allocator.ranks().values()) == 6
 
 
-def test_a_scaled_gradient_counts_unscaled():
-    of, same = matrices(), matrices()
-    one, other = RankAllocator(config(), of), RankAllocator(config(), same)
-    for step in range(3):
-        set_gradients(of, step)
-        one.advance(of, step)
-        set_gradients(same, step)
-        for m in same.values():
-            for p in m:
-                p.grad.mul_(1024.0)
-        other.advance(same, step, grad_scale=torch.tensor(1024.0))
-    for path, score in one.scores().items():
-        assert torch.equal(score, other.scores()[path])
-
-
 def test_history_has_every_change():
     of = matrices()
     allocator = RankAllocator(config(), of)
