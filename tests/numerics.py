@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def row_scaled(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -25,3 +26,17 @@ def assert_no_worse_than_twice_plain(
     floor = torch.finfo(got.dtype).eps * truth.abs().max().item() / 8  # a plain product may be exact by luck on a few elements
     for distance in (torch.linalg.norm, lambda d: d.abs().max()):
         assert distance(got.double() - truth) <= 2 * max(distance(p.double() - truth) for p in plains) + floor
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any op made in memory of its own."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return made

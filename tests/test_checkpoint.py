@@ -32,6 +32,7 @@ CASES = {
     "saved whole": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
     "classification": ("bert", {"task_type": "SEQ_CLS"}),
     "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "use_rslora": True}),
+    "dora on an embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True}),
 }
 
 

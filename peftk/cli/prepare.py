@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import peftk
+from peftk.nn.experts import has_other_experts, is_experts
 
 METHODS = ("qlora", "lora")
 
@@ -19,7 +20,11 @@ def prepare_base(model: nn.Module, method: str, dtype: torch.dtype, device: torc
     return model.to(device=device, dtype=dtype)
 
 
-def quantise_base(model: nn.Module, progress: bool = False) -> nn.Module:
-    """4 bits for every linear layer but the head, whatever its name; in place. Returns the model."""
+def quantise_base(model: nn.Module, progress: bool = False, with_experts: bool = True) -> nn.Module:
+    """4 bits for every linear layer but the head, whatever its name, and for fused experts; in place. Returns the model.
+    ``with_experts=False`` leaves experts dense, which bitsandbytes' form of a checkpoint has no keys for."""
     head = model.get_output_embeddings()
-    return peftk.quantize_model(model, skip=[name for name, module in model.named_modules() if module is head], progress=progress)
+    kept = [name for name, module in model.named_modules() if module is head]
+    if not with_experts:
+        kept += [name for name, module in model.named_modules() if is_experts(module) or has_other_experts(module)]
+    return peftk.quantize_model(model, skip=kept, progress=progress)

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dtype != "stored":
         model.to(DTYPES[arguments.dtype])
     before = sum(p.numel() * p.element_size() for p in model.parameters())
-    quantise_base(model, progress=True)
+    quantise_base(model, progress=True, with_experts=False)
     if not any(isinstance(module, NF4Linear) for module in model.modules()):
         raise UserError(f"--model {arguments.model}: {type(model).__name__} has no linear layer to quantise")
     with write_folder(out) as folder:

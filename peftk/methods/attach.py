@@ -143,8 +143,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 def detach(model: nn.Module) -> nn.Module:
     """Remove all adapters: the original modules return, with their requires_grad flags, biases included. What is merged stays in
-    the weights: ``unmerge`` before gives the original model, ``merge`` before a plain model with the adapter in it. Returns the
-    model. ValueError where it has no adapters."""
+    the weights: ``unmerge`` before gives the original model, ``merge`` before a plain model with the adapter in it. What a start
+    took out of a weight (PiSSA, OLoRA, LoftQ) goes back, rounded once to the weight's dtype, and in 4 bits quantised again.
+    Returns the model. ValueError where it has no adapters."""
     state = attached(model)
     if state.biases is not None:
         state.biases.use(model, state.biases.owner in state.merged)

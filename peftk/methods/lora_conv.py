@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from peftk.methods import dora
 from peftk.methods.adapter import PlainLayer
+from peftk.methods.dora import Decomposed
 from peftk.methods.lora_init import draw
-from peftk.methods.low_rank import LowRank
 from peftk.ops.philox_dropout import draw_seed, philox_dropout
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ def check_rank(path: str, module: nn.Module, r: int, config: LoraConfig) -> None
         raise ValueError(f'init_lora_weights: "orthogonal" does not start at B A = 0 with the groups of the convolution {path}')
 
 
-class LoraConv(LowRank, PlainLayer):
+class LoraConv(Decomposed, PlainLayer):
     """nn.Conv1d, Conv2d or Conv3d with low-rank branches: x (b, c, *extent) -> (b, n, *extent'), in the base layer's dtype.
 
     The branch has the base's stride, padding, padding mode and dilation. (HF peft 0.21.2 leaves out dilation, where its output
     then has another extent, and the padding mode, where its merged layer computes something else.)
     """
+
+    VARIANTS = frozenset({"use_dora", "orthogonal"})
 
     def __init__(self, module: nn.Module):
         super().__init__(module, module)
@@ -68,45 +71,75 @@ class LoraConv(LowRank, PlainLayer):
         A, B = A.view(r, -1, *window), B[:, : r // base.groups].reshape(-1, r // base.groups, *[1] * len(window))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.scaling[name], self.dropout[name] = scaling, config.lora_dropout
+        if config.use_dora:
+            self.add_magnitude(name)
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (1, self.out_channels, *[1] * len(self.base_layer.kernel_size))
 
     def delete_adapter(self, name: str) -> None:
         for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
             del table[name]
+        self.drop_magnitude(name)
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [self.lora_A[name], self.lora_B[name]]
+        return [self.lora_A[name], self.lora_B[name], *self.magnitudes(name).values()]
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
+        return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name], **self.magnitudes(name)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer.forward(x)
         if self.rows is None:
-            for name in self.running():
-                y = y + self._branch(name, x, y.dtype)
-            return y
+            return self._forward_names(x, self.running())
+        y = self.base_layer.forward(x)
         if x.dim() != self.weight.dim():
             raise ValueError(f"names: expected a batch (b, c, ...) of {self.weight.dim()} dimensions, got {tuple(x.shape)}")
         for names, rows in self.rows_of(x.shape[0], x.device).items():
             for name in names:
-                y = y.index_add(0, rows, self._branch(name, x[rows], y.dtype))
+                y = y.index_add(0, rows, self._addition(name, x[rows], None).to(y.dtype))
         return y
 
-    def _branch(self, name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """scale * B * (A * D(x)), where * convolves."""
-        base, A, B = self.base_layer, self.lora_A[name], self.lora_B[name]
+    def _forward_names(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        p = self._product(x) if self.have_dora(names) else None
+        y = self.base_layer.forward(x) if p is None else p
+        for name in names:
+            y = y + self._addition(name, x, p).to(y.dtype)
+        return y if p is None or self.bias is None else y + self._by_channel(self.bias).to(y.dtype)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """W * x, without the bias."""
+        return self.base_layer._conv_forward(x, self.weight, None)
+
+    def _by_channel(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, *[1] * len(self.base_layer.kernel_size))
+
+    def _addition(self, name: str, x: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
+        """What the adapter adds to W * x: its branch, or with DoRA (g - 1) W * D(x) + g times it. ``p``: W * x, if known."""
         if self.training and self.dropout[name] > 0:
-            x = philox_dropout(x, self.dropout[name], draw_seed())
-        s = self._window[0]._conv_forward(x, A.to(x.dtype), None)
-        return (self._convolve(s, B.to(s.dtype), groups=base.groups) * self.scaling[name]).to(dtype)
+            x, p = philox_dropout(x, self.dropout[name], draw_seed()), None
+        branch = self._branch(name, x)
+        if not self.have_dora([name]):
+            return branch
+        dora.check_unmerged(self)
+        p = self._product(x) if p is None else p
+        return self._by_channel(dora.scale(self, name)) * (p + branch) - p
+
+    def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """scale * B * (A * x), where * convolves."""
+        s = self._window[0]._conv_forward(x, self.lora_A[name].to(x.dtype), None)
+        return self._convolve(s, self.lora_B[name].to(s.dtype), groups=self.base_layer.groups) * self.scaling[name]
 
     def why_no_merge(self, name: str) -> str:
         """With groups, B A mixes channels of one group into another's outputs, which the base's weight has no room for."""
         groups = self.base_layer.groups
-        return "" if groups == 1 else f"its convolution has groups={groups}, whose weight has no room for what crosses groups"
+        if groups > 1:
+            return f"its convolution has groups={groups}, whose weight has no room for what crosses groups"
+        return super().why_no_merge(name)
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:
         """(n, c, *window)"""
         A, B = self.lora_A[name], self.lora_B[name]
+        if self.have_dora([name]):
+            return dora.delta_matrix(self, name).view(self.weight.shape)
         return (B.flatten(1) @ A.flatten(1)).mul_(self.scaling[name]).view(B.shape[0], *A.shape[1:])

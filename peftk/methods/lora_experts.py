@@ -32,6 +32,8 @@ class LoraExperts(AdapterLayer):
     No difference of a weight's size is made, as HF peft makes one, or the sum with it, in every forward pass; so dropout works.
     """
 
+    VARIANTS = frozenset({"orthogonal"})
+
     def __init__(self, module: nn.Module):
         super().__init__(module if isinstance(module, Experts) else Experts.from_module(module), module)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # by weight, by adapter
@@ -45,10 +47,14 @@ class LoraExperts(AdapterLayer):
         return stored[0].weight if isinstance(stored, nn.ModuleList) else stored
 
     def original(self) -> nn.Module:
+        return self._plain().train(self.training)
+
+    def _plain(self) -> nn.Module:
+        """The module that stood here, with the weights as they are now: it may have a faster way for all experts at once."""
         module = self._original[0]
         if module is not self.base_layer:
             module._parameters.update(self.base_layer._parameters)
-        return module.train(self.training)
+        return module
 
     def adapter_names(self) -> list[str]:
         return list(self.scaling)
@@ -93,7 +99,7 @@ class LoraExperts(AdapterLayer):
         elif names := self.running():
             project = _Added(self.base_layer, [self._branches(name) for name in names])
         else:
-            return self.base_layer.forward(hidden_states, top_k_index, top_k_weights)
+            return self._plain().forward(hidden_states, top_k_index, top_k_weights)
         return self.base_layer.forward(hidden_states, top_k_index, top_k_weights, project)
 
     def _branches(self, name: str) -> dict[str, _Branch]:

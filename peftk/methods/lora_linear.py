@@ -11,11 +11,12 @@ from torch import nn
 from peftk.format.nf4 import NF4Weight
 from peftk.methods import dora
 from peftk.methods.adapter import AdapterLayer
+from peftk.methods.dora import Decomposed
 from peftk.methods.lora_init import Start, draw
-from peftk.methods.low_rank import LowRank
 from peftk.nn import NF4Linear, base_layer
 from peftk.nn.dense_linear import add_low_rank
 from peftk.ops import quantize_nf4
+from peftk.ops.philox_dropout import draw_seed, philox_dropout
 
 if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
@@ -33,7 +34,7 @@ class Taken:
     scaling: float
 
 
-class LoraLinear(LowRank, AdapterLayer):
+class LoraLinear(Decomposed, AdapterLayer):
     """A linear base layer, dense or in 4 bits, with low-rank branches: x (..., k) -> (..., n), in the base layer's dtype.
 
     W is the weight without adapters. The base layer stores W, or, where an adapter's start was taken out of it (PiSSA, OLoRA,
@@ -48,10 +49,8 @@ class LoraLinear(LowRank, AdapterLayer):
             self.base_layer.register_forward_pre_hook(keep_off_fast_path)
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # (r, k) and (n, r)
-        self.lora_magnitude_vector = nn.ParameterDict()  # (n,), of the adapters with DoRA
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.norms = dora.Norms()
         self.taken: Taken | None = None
 
     def adapter_names(self) -> list[str]:
@@ -66,11 +65,6 @@ class LoraLinear(LowRank, AdapterLayer):
         if config.use_dora:
             self.add_magnitude(name)
 
-    def add_magnitude(self, name: str) -> None:
-        """DoRA: m starts as the norm of W + s B A, so that g is 1."""
-        norm = dora.weight_norm(self, name)
-        self.lora_magnitude_vector[name] = nn.Parameter(norm.masked_fill(norm.isinf(), 0).to(self.factor_dtype()))
-
     @torch.no_grad()
     def take_start(self, name: str, start: Start) -> None:
         """Give an adapter the factors of ``start``, and leave in the base layer what they don't say of W."""
@@ -84,7 +78,7 @@ class LoraLinear(LowRank, AdapterLayer):
         self.register_buffer("taken_A", start.A.clone(), persistent=False)
         self.register_buffer("taken_B", start.B.clone(), persistent=False)
         self.norms.drop()
-        if name in self.lora_magnitude_vector:
+        if name in self.with_dora:
             self.add_magnitude(name)
 
     def set_directions(self, name: str, A: torch.Tensor, scaling: float) -> None:
@@ -110,22 +104,16 @@ class LoraLinear(LowRank, AdapterLayer):
     def delete_adapter(self, name: str) -> None:
         for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
             del table[name]
-        if name in self.lora_magnitude_vector:
-            del self.lora_magnitude_vector[name]
-        self.norms.scales.pop(name, None)
+        self.drop_magnitude(name)
         if self.taken is not None and self.taken.owner == name:
             self.taken.owner = None
             self._put_back()
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        tables = self.lora_A, self.lora_B, self.lora_magnitude_vector
-        return [table[name] for table in tables if name in table]
+        return [self.lora_A[name], self.lora_B[name], *self.magnitudes(name).values()]
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        found = {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name]}
-        if name in self.lora_magnitude_vector:
-            found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
-        return found
+        return {"lora_A.weight": self.lora_A[name], "lora_B.weight": self.lora_B[name], **self.magnitudes(name)}
 
     def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Of an adapter that started in W a LoRA of rank 2r on W itself. ValueError for a base in 4 bits."""
@@ -144,7 +132,7 @@ class LoraLinear(LowRank, AdapterLayer):
         if self.rows is not None:
             return self._forward_rows(x)
         names = self.running()
-        if self._have_dora(names):
+        if self.have_dora(names):
             return self._forward_dora(x, names)
         branches = self._branches(names)
         if not branches:
@@ -156,7 +144,7 @@ class LoraLinear(LowRank, AdapterLayer):
     def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer.forward(x)
         for names, rows in self.rows_of(x.shape[0], x.device).items():
-            if self._have_dora(names):
+            if self.have_dora(names):
                 y = y.index_copy(0, rows, self._forward_dora(x[rows], list(names)))
             elif branches := self._branches(names):
                 y = y.index_copy(0, rows, self._add(y[rows], x[rows], branches))
@@ -165,18 +153,23 @@ class LoraLinear(LowRank, AdapterLayer):
     def _forward_dora(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         dora.check_unmerged(self)
         dropout = {name: self._dropout(name) for name in names}
-        if len(names) == 1 and not dropout[names[0]] and len(self._branches(names)) == 1:
-            return dora.forward_alone(self, x, names[0])
+        if len(names) == 1 and not dropout[names[0]] and len(branches := self._branches(names)) == 1:
+            h = self.base_layer.forward_low_rank(x, *branches[0][:3], with_bias=False)
+            return dora.rescaled(dora.scale(self, names[0]), h, self.bias)
         y = self._add(self.base_layer.forward(x), x, self._branches(()))
         for name in names:
-            if name in self.lora_magnitude_vector:
-                y = y + dora.addition(self, x, name, dropout[name])
+            if self.have_dora([name]):
+                y = y + self._dora_addition(name, x, dropout[name])
             else:
                 y = self._add(y, x, [(*self.difference(name), self.scaling[name], dropout[name])])
         return y
 
-    def _have_dora(self, names: Any) -> bool:
-        return len(self.lora_magnitude_vector) > 0 and any(name in self.lora_magnitude_vector for name in names)
+    def _dora_addition(self, name: str, x: torch.Tensor, dropout: float) -> torch.Tensor:
+        """(g - 1) W D(x) + g s B A D(x): what DoRA adds to W x, with dropout as HF peft applies it."""
+        x = philox_dropout(x, dropout, draw_seed()) if dropout else x
+        p = self.product(x)
+        h = add_low_rank(p, x, *self.difference(name), self.scaling[name], None, 0.0, None)
+        return (dora.scale(self, name) * h - p).to(p.dtype)
 
     def _branches(self, names: Any) -> list[tuple[torch.Tensor, torch.Tensor, float, float]]:
         """(A, B, scale, dropout) of what is added to the base layer's output where ``names`` run."""
@@ -218,17 +211,22 @@ class LoraLinear(LowRank, AdapterLayer):
         """x W^T without the bias, (..., k) -> (..., n)."""
         return self._add(self.base_layer.product(x), x, self._branches(()))
 
+    def matrix_product(self, A: torch.Tensor) -> torch.Tensor:
+        dtype = self.weight.dtype
+        return self.product(A.to(dtype) if dtype.is_floating_point else A).T
+
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:
-        if name in self.lora_magnitude_vector:
-            return dora.delta_weight(self, name)
+        if self.have_dora([name]):
+            return dora.delta_matrix(self, name)
         A, B = self.difference(name)
         return (B @ A).mul_(self.scaling[name])
 
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
+
     def weight_tensors(self) -> list[torch.Tensor]:
-        """What W is stored in."""
-        taken = [self.taken_A, self.taken_B] if self._holds_rest() else []
-        return [self.base_layer.weight, *self.base_layer.buffers(), *taken]
+        return [*super().weight_tensors(), *([self.taken_A, self.taken_B] if self._holds_rest() else [])]
 
     @torch.no_grad()
     def read_weight(self) -> torch.Tensor:
@@ -238,17 +236,8 @@ class LoraLinear(LowRank, AdapterLayer):
         wide = self.factor_dtype()
         return torch.addmm(w.to(wide), self.taken_B.to(wide), self.taken_A.to(wide), alpha=self.taken.scaling)
 
-    def why_no_merge(self, name: str) -> str:
-        is_gone = self.merged and not self.keeps_original()
-        return dora.reason_beside(self.merged) if is_gone and name in self.lora_magnitude_vector else ""
-
-    def merge(self, names: list[str], keep_original: bool, is_tied: bool) -> None:
-        super().merge(names, keep_original, is_tied)
-        self.norms.drop()
-
     def unmerge(self) -> None:
         super().unmerge()
-        self.norms.drop()
         if self.taken is not None and self.taken.owner is None:
             self._put_back()
 
@@ -262,7 +251,3 @@ class LoraLinear(LowRank, AdapterLayer):
             self.taken = None
             del self.taken_A, self.taken_B
             self.norms.drop()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
-        self.norms.drop()
-        return super()._apply(fn, recurse)

@@ -45,9 +45,9 @@ def check_layers(config: LoraConfig, model: nn.Module, layers: dict[str, tuple[n
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for path, (module, kind) in layers.items() if variants else ():
         if missing := [variant for variant in variants if variant not in getattr(kind, "VARIANTS", ())]:
-            raise ValueError(
-                f"{path}: {missing[0]}: expected a linear layer, got a {_name(module)}; exclude_modules leaves it out"
-            )
+            raise ValueError(f"{path}: {missing[0]} is not defined for a {_name(module)}; exclude_modules leaves it out")
+        if config.use_dora and (groups := getattr(_base(module), "groups", 1)) > 1:
+            raise ValueError(f"{path}: use_dora needs W + s B A as one matrix, which a convolution with groups={groups} hasn't")
         if (merged := getattr(module, "merged", None)) and (takes or config.use_dora):
             raise ValueError(
                 f"{path}: {variants[0]} needs the weight as it is without adapters, and {', '.join(merged)} is merged into it; "
@@ -58,7 +58,7 @@ def check_layers(config: LoraConfig, model: nn.Module, layers: dict[str, tuple[n
 
 
 def _check_taking(config: LoraConfig, path: str, module: nn.Module, owners: Counter[int]) -> None:
-    kind, base = config.init_lora_weights, getattr(module, "base_layer", module)
+    kind, base = config.init_lora_weights, _base(module)
     if getattr(module, "taken", None) is not None:
         raise ValueError(
             f"{path}: {kind} takes its start out of the stored weight, as {module.taken.owner!r} did already; a second adapter "
@@ -95,5 +95,9 @@ def check_file(config: LoraConfig, model: nn.Module) -> None:
         )
 
 
+def _base(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)
+
+
 def _name(module: nn.Module) -> str:
-    return type(getattr(module, "base_layer", module)).__name__
+    return type(_base(module)).__name__

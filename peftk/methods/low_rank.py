@@ -29,7 +29,7 @@ class LowRank:
             parameter.copy_(values.view_as(parameter))
 
     def _matrix_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        A, B = self.adapter_parameters(name)
+        A, B = self.adapter_parameters(name)[:2]
         return A, B
 
 

@@ -6,6 +6,7 @@ Norms, embeddings and head keep their dtype. qlora_recipe.py has the paper's set
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -22,6 +23,7 @@ def qlora(
     model: nn.Module,
     config: LoraConfig | None = None,
     *,
+    skip: Sequence[str] = (),
     block_size: int = 64,
     double_quant: bool = True,
     gradient_checkpointing: bool = True,
@@ -31,8 +33,9 @@ def qlora(
     """Quantise the model in place, a layer at a time, and attach LoRA to it (``qlora_recipe(model).config`` if None). Returns
     the model.
 
-    The output head, the config's ``modules_to_save`` and the heads of classification models stay dense. Starts that are taken
-    out of the weights (PiSSA, OLoRA, LoftQ) are taken out of the dense ones, and the rest is then quantised.
+    The output head, the config's ``modules_to_save``, the heads of classification models and what ``skip`` names stay dense.
+    Starts that are taken out of the weights (PiSSA, OLoRA, LoftQ) are taken out of the dense ones, and the rest is then
+    quantised.
     ``gradient_checkpointing`` needs a transformers model (or one with the same two methods); TypeError, before anything is
     changed, without them.
     """
@@ -40,7 +43,7 @@ def qlora(
     check_new_name(model, adapter_name)
     if gradient_checkpointing:
         _check_checkpointing(model)
-    kept = _kept_dense(model, config)
+    kept = (*_kept_dense(model, config), *skip)
     if family(config.init_lora_weights) in TAKEN_FROM_W:
         _attach_and_quantize(model, config, adapter_name, kept, block_size, double_quant)
     quantize_model(model, kept, block_size, double_quant, progress)

@@ -32,7 +32,7 @@ def quantize_model(
     children of nn.TransformerEncoderLayer (its fast path reads their floats itself). A module that stands at several places is
     quantised once and stays shared. A ValueError names the layer where a weight isn't finite; layers before it are quantised by
     then. ValueError, before anything is changed, for experts whose forward pass can't be served one at a time. TypeError for a
-    that is itself a linear layer or experts, and for a ``skip`` that is one string.
+    model that is itself a linear layer or experts, and for a ``skip`` that is one string.
     """
     if _is_dense(model):
         raise TypeError("model: expected a module that holds linear layers, got a linear layer; use NF4Linear.from_linear")

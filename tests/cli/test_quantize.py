@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -109,3 +110,23 @@ def test_another_quantisation_is_refused(quantised, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantised by bitsandbytes; bitsandbytes' 4-bit form"):
         open_model(str(tmp_path))
+
+
+def test_a_mixture_keeps_its_experts_dense(tokenizer, tmp_path):
+    """bitsandbytes' form has no keys for them; transformers and peftk read what is written."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    plain = tiny_models.mixtral().eval()
+    plain.resize_token_embeddings(len(tokenizer))
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    out = tmp_path / "quantised"
+    assert main(["quantize", "--model", str(tmp_path / "plain"), "--out", str(out)]) == 0
+    ours, _ = open_model(str(out))
+    theirs = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
+    assert isinstance(ours.model.layers[0].self_attn.q_proj, peftk.nn.NF4Linear)
+    for model in (ours, theirs):
+        read = model.model.layers[1].mlp
+        for name, p in plain.model.layers[1].mlp.named_parameters():
+            assert torch.equal(read.get_parameter(name), p), name

@@ -254,3 +254,34 @@ def test_an_adapter_that_started_in_the_weight_counts_by_what_it_adds_to_it():
     expected = sum(w * model.layers[0]["q"].delta_weight(name) for w, name in ((0.5, "a"), (2.0, "b")))
     combine_adapters(model, ["a", "b"], [0.5, 2.0], "new")
     torch.testing.assert_close(deltas(model, "new")["layers.0.q"], expected, rtol=1e-4, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """An embedding, two convolutions and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv, self.point = nn.Embedding(11, 8), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 9, 1)
+        self.line, self.out = nn.Conv1d(3, 7, 2), nn.Linear(9, 5)
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "ties", "svd", "magnitude_prune_svd"])
+def test_embeddings_and_convolutions_as_hf_does(method):
+    hf = pytest.importorskip("peft")
+    fields = {"r": 3, "lora_alpha": 6, "target_modules": ["embed", "conv", "point", "out"]}
+    if "svd" not in method:  # HF peft decomposes a Conv1d's difference as a batch of matrices, and fails
+        fields["target_modules"].append("line")
+    base = Mixed()
+    ours = copy.deepcopy(base)
+    theirs = hf.get_peft_model(base, hf.LoraConfig(**fields), adapter_name="a")
+    theirs.add_adapter("b", hf.LoraConfig(**fields))
+    for i, name in enumerate(("a", "b")):
+        tensors = peftk.checkpoint.adapter_tensors(tiny.fill(attach(ours, LoraConfig(**fields), name), name, seed=i), name)
+        hf.set_peft_model_state_dict(theirs, tensors, adapter_name=name)
+    density = 0.6 if method in ("ties", "magnitude_prune_svd") else None
+    combine_adapters(ours, ["a", "b"], [0.7, -1.2], "new", method, density=density)
+    theirs.add_weighted_adapter(["a", "b"], [0.7, -1.2], "new", method, density=density)
+    got = deltas(ours, "new")
+    assert len(got) == len(fields["target_modules"])
+    for path, delta in got.items():
+        torch.testing.assert_close(delta, hf_delta(theirs, path, "new"), rtol=1e-4, atol=1e-5)

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from numerics import row_scaled
+from numerics import Largest, row_scaled
 from tiny_models import MODELS, Net, fill, gradients_of_hf, llama, run, twins, weight_grads
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftk
 from peftk.checkpoint import adapter_tensors
-from peftk.methods import dora
+from peftk.methods import dora, lora_conv, lora_linear
 from peftk.methods.attach import wrappers
 from peftk.methods.lora_linear import LoraLinear
 
@@ -22,6 +21,8 @@ CASES = {
     "llama-rslora": ("llama", {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}),
     "llama-bias": ("llama", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only", "rank_pattern": {"q_proj": 3}}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "llama-embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "r": 4, "lora_alpha": 8}),
+    "net-padding": ("net", {"target_modules": ["embed"]}),
     "net": ("net", {"target_modules": ["q", "v", "out.0"], "modules_to_save": ["head"]}),
 }
 
@@ -112,7 +113,7 @@ def test_dropout_as_hf_applies_it(monkeypatch):
     peft = pytest.importorskip("peft")
     ours, theirs = twins(Net(), {"target_modules": ["q"], "use_dora": True, "lora_dropout": 0.5})
     mask = (torch.rand(3, 7, 32) < 0.5) * 2.0
-    monkeypatch.setattr(dora, "philox_dropout", lambda x, p, seed: x * mask)
+    monkeypatch.setattr(lora_linear, "philox_dropout", lambda x, p, seed: x * mask)
     for module in theirs.modules():
         if isinstance(module, peft.tuners.lora.Linear):
             module.lora_dropout["default"].forward = lambda x: x * mask
@@ -181,20 +182,6 @@ def test_merge_and_exact_unmerge(base):
     assert all(torch.equal(a, b) for a, b in zip(tensors(stored), tensors(again), strict=True))
     with torch.no_grad():
         assert torch.equal(run(model, "net"), before)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any op made in memory of its own."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.numel = max(self.numel, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
@@ -308,3 +295,62 @@ def test_copies_keep_their_own_norms():
         twin = copy.deepcopy(layer)
         twin.lora_magnitude_vector["a"].mul_(2)
         assert torch.equal(layer(x), y) and not torch.allclose(twin(x), y)
+
+
+CONVOLUTIONS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2), (2, 4, 11)),
+    "2d": (lambda: nn.Conv2d(4, 6, (3, 2), padding=1, bias=False), (2, 4, 7, 5)),
+    "3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_equal_hf(case, dropout, monkeypatch):
+    """Outputs, gradients and the merged weight; under dropout HF peft gets our mask."""
+    make, shape = CONVOLUTIONS[case]
+    model, x = nn.Sequential(make()), torch.randn(shape)
+    ours, theirs = twins(model, {"target_modules": ["0"], "use_dora": True, "r": 3, "lora_dropout": dropout})
+    other = theirs.base_model.model[0]
+    if dropout:
+        mask = (torch.rand(shape) < 0.5) * 2.0
+        monkeypatch.setattr(lora_conv, "philox_dropout", lambda x, p, seed: x * mask)
+        other.lora_dropout["default"].forward = lambda x: x * mask
+    weights = None
+    for each in (ours.train(), theirs.train()):
+        y = each(x)
+        weights = torch.linspace(-1, 1, y.numel()).view(y.shape) if weights is None else weights
+        (y * weights).sum().backward()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    expected = {key.replace("vector.weight", "vector"): grad for key, grad in gradients_of_hf(theirs).items()}
+    for key, parameter in adapter_tensors(ours, "default").items():
+        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-3, atol=1e-3)
+    before = ours.eval()(x)
+    peftk.merge(ours)
+    other.merge()
+    torch.testing.assert_close(ours[0].base_layer.weight, other.base_layer.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(x), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "convolution"])
+def test_rows_and_several_of_other_layers(kind):
+    """Each adapter adds its own change of W, and a row gets its own."""
+    is_embedding = kind == "embedding"
+    model = nn.Sequential(nn.Embedding(11, 8) if is_embedding else nn.Conv1d(4, 6, 3)).eval()
+    x = torch.randint(0, 11, (3, 5)) if is_embedding else torch.randn(3, 4, 9)
+    for name in ("a", "b"):
+        fill(peftk.attach(model, peftk.LoraConfig(target_modules=["0"], r=2, use_dora=True), name), name, seed=ord(name))
+    with torch.no_grad():
+        alone = {}
+        for names in ([], ["a"], ["b"], ["a", "b"]):
+            peftk.set_adapter(model, names)
+            alone["".join(names)] = model(x)
+        torch.testing.assert_close(alone["ab"], alone["a"] + alone["b"] - alone[""], rtol=1e-4, atol=1e-5)
+        with peftk.adapters_per_row(model, ["b", "__base__", "a"]):
+            y = model(x)
+        torch.testing.assert_close(y, torch.stack([alone["b"][0], alone[""][1], alone["a"][2]]), rtol=1e-5, atol=1e-5)
+        peftk.merge(model, ["a", "b"])
+        torch.testing.assert_close(model(x), alone["ab"], rtol=1e-4, atol=1e-5)
+        peftk.unmerge(model)
+        peftk.set_adapter(model, "a")
+        assert torch.equal(model(x), alone["a"])

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import tiny_models as tiny
 import torch
+from numerics import Largest
 from torch import nn
 
 import peftk
@@ -97,10 +98,16 @@ def test_starts_at_the_base_and_detaches_to_it(base):
     m = model("gpt_oss", base)
     flags = {name: p.requires_grad for name, p in m.named_parameters()}
     plain, y = [type(module) for module in m.modules()], logits(m)
+    attach(m, LoraConfig(**FIELDS | {"r": 4, "init_lora_weights": "orthogonal"}), "second")
     attach(m, LoraConfig(**FIELDS))
-    torch.testing.assert_close(logits(m), y, rtol=1e-5, atol=1e-5)
+    for names in ("default", "second"):
+        set_adapter(m, names)
+        torch.testing.assert_close(logits(m), y, rtol=1e-5, atol=1e-5)
+    with disable_adapters(m):
+        assert torch.equal(logits(m), y)
     assert {name.split(".")[-3] for name, p in m.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    detach(tiny.fill(m))
+    tiny.fill(m, "second")
+    detach(m)
     assert [type(module) for module in m.modules()] == plain and torch.equal(logits(m), y)
     assert {name: p.requires_grad for name, p in m.named_parameters()} == flags
 
@@ -128,6 +135,26 @@ def test_merge_and_exact_unmerge(base):
     assert torch.equal(logits(m), y["['a', 'b']"])
     after = detach(m).state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], w) for key, w in before.items())
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_nothing_as_large_as_one_experts_matrix_is_made(base):
+    """128 x 128, four experts, of which HF peft makes a difference, and the sum with it, in every forward pass."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    holder = nn.ModuleDict({"experts": transformers.models.mixtral.modeling_mixtral.MixtralExperts(config)})
+    for p in holder.parameters():
+        nn.init.normal_(p, std=0.1)
+    if base == "nf4":
+        peftk.quantize_model(holder, progress=False)
+    tiny.fill(attach(holder, LoraConfig(**FIELDS | {"target_parameters": ["experts.down_proj", "experts.gate_up_proj"]})))
+    x = torch.randn(10, 128, requires_grad=True)
+    index = torch.tensor([[0, 1], [3, 0], [1, 3], [0, 3], [1, 0]]).repeat(2, 1)
+    with Largest() as seen:
+        holder["experts"](x, index, torch.rand(10, 2)).sum().backward()
+    assert x.grad.any() and all(p.grad.any() for p in peftk.trainable_parameters(holder))
+    assert 10 * 128 <= seen.numel < 128 * 128
 
 
 def test_a_broken_expert_is_named():
@@ -260,8 +287,8 @@ def test_all_linear_leaves_experts_as_hf_does():
             r"fused experts by .*, got model\.layers\.0\.self_attn\.q_proj\.weight",
         ),
         ({"target_parameters": "experts.down_proj"}, r"target_parameters: expected a list of names, got 'experts\.down_proj'"),
-        ({**FIELDS, "use_dora": True}, r"experts: use_dora: expected a linear layer, got a MixtralExperts"),
-        ({**FIELDS, "init_lora_weights": "pissa"}, r"experts: pissa: expected a linear layer"),
+        ({**FIELDS, "use_dora": True}, r"experts: use_dora is not defined for a MixtralExperts"),
+        ({**FIELDS, "init_lora_weights": "pissa"}, r"experts: pissa is not defined for a MixtralExperts"),
         ({"target_modules": []}, r"target_modules: expected names of the model's layers, got \[\], which matches none"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -272,3 +299,16 @@ def test_what_is_refused_leaves_the_model_as_before(fields, message):
     with pytest.raises(ValueError, match=message):
         attach(m, LoraConfig(**fields))
     tiny.assert_same_state(before, tiny.state_of(m))
+
+
+def test_qlora_with_experts_and_without():
+    m = peftk.qlora(model(), peftk.qlora_config(r=2, target_parameters=BOTH), progress=False)
+    tiny.weight_grads(m.train(), "llama")
+    trained = {name: p for name, p in m.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values()) and sum("experts" in name for name in trained) == 8
+    assert isinstance(m.model.layers[0].mlp.experts.base_layer.down_proj[0], NF4Linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tiny.run(m.eval(), "llama")
+    torch.testing.assert_close(y.float(), logits(m), rtol=0.1, atol=0.1)
+    plain = peftk.qlora(model(), skip=("experts",), progress=False)
+    assert type(plain.model.layers[0].mlp.experts).__name__ == "MixtralExperts"

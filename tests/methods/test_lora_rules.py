@@ -66,6 +66,11 @@ def quantised(model: nn.Module) -> nn.Module:
     return peftk.quantize_model(model, progress=False)
 
 
+def with_groups(model: nn.Module) -> nn.Module:
+    model.conv = nn.Conv1d(4, 4, 3, groups=2)
+    return model
+
+
 def broken(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model.layers[1]["q"].weight[3, 4] = math.nan
@@ -75,10 +80,11 @@ def broken(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("prepare", "fields", "message"),
     [
-        (None, {"target_modules": ["q", "embed"], "use_dora": True}, "embed: use_dora: expected a linear layer, got a Embedding"),
-        (None, {"target_modules": ["embed"], "init_lora_weights": "pissa"}, "embed: pissa: expected a linear layer"),
-        (None, {"target_modules": ["embed"], "init_lora_weights": "eva"}, "embed: eva: expected a linear layer"),
-        (None, {"target_modules": ["embed"], "init_lora_weights": "orthogonal"}, "embed: orthogonal: expected a linear layer"),
+        (with_groups, {"target_modules": ["q", "conv"], "use_dora": True}, "conv: use_dora needs .* a convolution with groups=2"),
+        (with_groups, {"target_modules": ["conv"], "init_lora_weights": "pissa"}, "conv: pissa is not defined for a Conv1d"),
+        (None, {"target_modules": ["embed"], "init_lora_weights": "pissa"}, "embed: pissa is not defined for a Embedding"),
+        (None, {"target_modules": ["embed"], "init_lora_weights": "eva"}, "embed: eva is not defined for a Embedding"),
+        (None, {"target_modules": ["embed"], "init_lora_weights": "orthogonal"}, "embed: orthogonal is not defined for"),
         (tied, {"init_lora_weights": "pissa"}, "layers.0.q: pissa changes the stored weight, which is tied to another module's"),
         (merged, {"init_lora_weights": "pissa"}, "layers.0.q: pissa needs the weight .* m is merged into it; unmerge first"),
         (merged, {"use_dora": True}, "layers.0.q: use_dora needs the weight .* m is merged into it; unmerge first"),

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
+from numerics import Largest
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftk
 from peftk.nn import Experts, NF4Linear, is_experts
@@ -80,21 +80,6 @@ def test_quantised_model_equals_its_decoded_twin(kind):
             torch.testing.assert_close(p.grad, named[name].grad, rtol=1e-3, atol=atol)
 
 
-class Floats(TorchDispatchMode):
-    """The largest tensor of floats that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, torch.Tensor) and t.dtype.is_floating_point and t.untyped_storage().nbytes() != 0:
-                self.numel = max(self.numel, t.numel())
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_matrix_and_never_all_of_them_are_decoded(dtype):
     """256 x 128 and 128 x 128, four experts: forward and backward make nothing that is as large as one expert's matrix."""
@@ -108,7 +93,7 @@ def test_no_matrix_and_never_all_of_them_are_decoded(dtype):
     peftk.quantize_model(holder.to(dtype), progress=False)
     x = torch.randn(10, 128, dtype=dtype, requires_grad=True)
     _, index, weights = tokens(dtype)
-    with Floats() as seen:
+    with Largest() as seen:
         holder["experts"](x, index, weights).sum().backward()
     assert x.grad.any() and 10 * 128 <= seen.numel < 128 * 128
 
