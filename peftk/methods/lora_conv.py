@@ -139,7 +139,5 @@ class LoraConv(Decomposed, PlainLayer):
     @torch.no_grad()
     def delta_weight(self, name: str) -> torch.Tensor:
         """(n, c, *window)"""
-        A, B = self.lora_A[name], self.lora_B[name]
-        if self.have_dora([name]):
-            return dora.delta_matrix(self, name).view(self.weight.shape)
-        return (B.flatten(1) @ A.flatten(1)).mul_(self.scaling[name]).view(B.shape[0], *A.shape[1:])
+        matrix = dora.delta_matrix(self, name) if self.have_dora([name]) else self.product_matrix(name)
+        return matrix.view(self.weight.shape)

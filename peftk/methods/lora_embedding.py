@@ -89,4 +89,4 @@ class LoraEmbedding(Decomposed, PlainLayer):
         """(tokens, d)"""
         if self.have_dora([name]):
             return dora.delta_matrix(self, name).T
-        return (self.lora_embedding_A[name].T @ self.lora_embedding_B[name].T).mul_(self.scaling[name])
+        return self.product_matrix(name).T

@@ -116,7 +116,8 @@ class LoraExperts(AdapterLayer):
     def matrices(self, name: str) -> Matrices:
         """The factors of what the adapter adds to each weight, one matrix an expert, without the scale."""
         with torch.no_grad():
-            return {f".{p}": tuple(torch.stack(factors) for factors in self._apart(name, p)) for p in self.targets(name)}
+            wide, targets = self.factor_dtype(), self.targets(name)
+            return {f".{p}": tuple(torch.stack(factors).to(wide) for factors in self._apart(name, p)) for p in targets}
 
     def matrix_scale(self, name: str, label: str) -> float:
         """The scale of ``matrices(name)[label]``."""
@@ -194,7 +195,7 @@ class ExpertPart:
         """s B A (n, k) of the expert; zero for an adapter without this weight."""
         if self.parameter not in self.layer.targets(name):
             return torch.zeros_like(self.read_weight(), dtype=self.layer.factor_dtype())
-        A, B = (factors[self.expert] for factors in self.layer._apart(name, self.parameter))
+        A, B = (f[self.expert].to(self.layer.factor_dtype()) for f in self.layer._apart(name, self.parameter))
         return (B @ A).mul_(self.layer.scaling[name][self.parameter])
 
     @torch.no_grad()

@@ -219,8 +219,7 @@ class LoraLinear(Decomposed, AdapterLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         if self.have_dora([name]):
             return dora.delta_matrix(self, name)
-        A, B = self.difference(name)
-        return (B @ A).mul_(self.scaling[name])
+        return self.product_matrix(name)
 
     def magnitude_shape(self) -> tuple[int, ...]:
         return (self.out_features,)

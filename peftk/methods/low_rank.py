@@ -14,9 +14,14 @@ class LowRank:
     scaling: dict[str, float]
 
     def matrices(self, name: str) -> Matrices:
-        """The factors of what the adapter adds to the weight, without the scale."""
-        A, B = self._matrix_factors(name)
-        return {"": (A.detach().flatten(1)[None], B.detach().flatten(1)[None])}
+        """The factors of what the adapter adds to the weight, without the scale; fp32 also where they are stored in 16 bits."""
+        A, B = (factor.detach().flatten(1)[None].to(self.factor_dtype()) for factor in self._matrix_factors(name))
+        return {"": (A, B)}
+
+    def product_matrix(self, name: str) -> torch.Tensor:
+        """s B A (n, k)."""
+        A, B = (factor[0] for factor in self.matrices(name)[""])
+        return (B @ A).mul_(self.scaling[name])
 
     def matrix_scale(self, name: str, label: str) -> float:
         """The scale of ``matrices(name)[label]``."""

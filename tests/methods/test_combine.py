@@ -148,6 +148,18 @@ def test_svd_is_the_nearest_of_its_rank_without_the_sum(rank, monkeypatch):
         assert (A.shape[1], B.shape[2], layer.scaling["new"]) == (r, r, 1.0)
 
 
+@pytest.mark.parametrize("method", ["cat", "svd", "ties_svd", "dare_linear"])
+def test_adapters_in_sixteen_bits(method):
+    model = adapters(tiny.Net(), target_modules=["q", "embed"])
+    expected = weighted(model)
+    density = None if method in ("cat", "svd") else 1.0
+    combine_adapters(model.bfloat16(), NAMES, WEIGHTS, "new", method, density=density, rank=12 if "svd" in method else None)
+    for path, delta in deltas(model, "new").items():
+        assert delta.dtype == torch.float32
+        if method in ("cat", "svd"):
+            assert (delta - expected[path]).norm() < 0.02 * expected[path].norm()
+
+
 def test_dares_masks_follow_the_seed():
     def at(seed: int) -> torch.Tensor:
         model = adapters(tiny.Net(), target_modules=["q"])

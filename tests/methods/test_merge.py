@@ -109,6 +109,22 @@ def two_adapters(base: str = "nf4") -> nn.Module:
     return model
 
 
+def test_adapters_in_sixteen_bits_are_summed_in_fp32():
+    """As after model.to(bfloat16): the factors are rounded then, their products and sums aren't."""
+    model = two_adapters("dense").bfloat16()
+    layers = {path: model.get_submodule(path) for path in ("layers.0.q", "embed")}
+    expected = {}
+    for path, layer in layers.items():
+        w = layer.read_weight().float()
+        for name in ("a", "b"):
+            A, B = (p.detach().float() for p in layer.adapter_parameters(name))
+            w = w + layer.scaling[name] * (A.T @ B.T if path == "embed" else B @ A)
+        expected[path] = w
+    merge(model)
+    for path, layer in layers.items():
+        assert torch.equal(layer.read_weight(), expected[path].bfloat16())
+
+
 def test_a_broken_adapter_is_named():
     model = two_adapters()
     with torch.no_grad():
