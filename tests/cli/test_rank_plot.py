@@ -33,6 +33,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     assert total.lines[0].get_xydata().tolist() == [[0, 8], [3, 6], [7, 4], [12, 4]]
 
 
+@pytest.mark.full
 def test_many_matrices_still_fit(tmp_path):
     pytest.importorskip("matplotlib")
     rank_plot.draw_ranks(tmp_path / "ranks.png", [(0, {f"layers.{i}.q": 8 for i in range(400)})])
