@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftk.atomic import carry_over, write_folder
+from peftk.methods.adalora import AdaLoraConfig
 from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
 from peftk.methods.lora import LoraConfig
@@ -33,7 +34,8 @@ CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors
 ENCODER = "peftk_encoder.safetensors"
 PREFIX = "base_model.model."
 PROMPTS = (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)
-CONFIGS = {config.peft_type: config for config in (LoraConfig, *PROMPTS)} | {config.PRIVATE: config for config in PROMPTS}
+CONFIGS = {config.peft_type: config for config in (LoraConfig, AdaLoraConfig, *PROMPTS)}
+CONFIGS |= {config.PRIVATE: config for config in PROMPTS}
 # Names that torch.compile and FSDP put into paths; files never have them.
 _TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 

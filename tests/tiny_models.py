@@ -148,19 +148,19 @@ def assert_same_state(before: tuple, after: tuple) -> None:
         assert torch.equal(value, after[1][key]), key
 
 
-def hf_model(model: nn.Module, fields: dict) -> nn.Module:
+def hf_model(model: nn.Module, fields: dict, config: str = "LoraConfig") -> nn.Module:
     """HF peft's model on a copy of ``model``."""
     hf = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return hf.get_peft_model(copy.deepcopy(model), hf.LoraConfig(**fields))
+        return hf.get_peft_model(copy.deepcopy(model), getattr(hf, config)(**fields))
 
 
-def twins(model: nn.Module, fields: dict) -> tuple[nn.Module, nn.Module]:
+def twins(model: nn.Module, fields: dict, config: str = "LoraConfig") -> tuple[nn.Module, nn.Module]:
     """(ours, HF peft's) with equal, random adapter weights; the keys of the files must be equal for that."""
     hf = pytest.importorskip("peft")
-    theirs = hf_model(model, fields)
-    ours = fill(peftk.attach(model, peftk.LoraConfig(**fields)))
+    theirs = hf_model(model, fields, config)
+    ours = fill(peftk.attach(model, getattr(peftk, config)(**fields)))
     tensors = {key: value.detach().clone() for key, value in adapter_tensors(ours, "default").items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,5 +1,7 @@
 """Methods: one file each, over the base-layer interface; attach.py and merge.py have what a model with adapters does."""
 
+from peftk.methods.adalora import AdaLoraConfig
+from peftk.methods.adalora_schedule import adalora_schedule, rank_allocator, update_and_allocate
 from peftk.methods.attach import (
     attach,
     delete_adapter,
@@ -8,21 +10,25 @@ from peftk.methods.attach import (
     trainable_parameters,
 )
 from peftk.methods.combine import combine_adapters
+from peftk.methods.compaction import compact
 from peftk.methods.eva import eva_init
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_fields import EvaConfig, LoftQConfig
 from peftk.methods.lora_plus import lora_plus_groups
 from peftk.methods.merge import disable_adapters, merge, unmerge
+from peftk.methods.orthogonality import orthogonality_loss
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.p_tuning_v2 import PTuningV2Config
 from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
 from peftk.methods.prompts import drop_encoder
-from peftk.methods.qlora import qlora, qlora_config
+from peftk.methods.qlora import qlora
+from peftk.methods.qlora_recipe import qlora_config, qlora_recipe
 from peftk.methods.report import report
 from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
 __all__ = [
+    "AdaLoraConfig",
     "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -30,9 +36,11 @@ __all__ = [
     "PTuningV2Config",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "adalora_schedule",
     "adapters_per_row",
     "attach",
     "combine_adapters",
+    "compact",
     "delete_adapter",
     "detach",
     "disable_adapters",
@@ -40,11 +48,15 @@ __all__ = [
     "eva_init",
     "lora_plus_groups",
     "merge",
+    "orthogonality_loss",
     "prompt_ensemble",
     "qlora",
     "qlora_config",
+    "qlora_recipe",
+    "rank_allocator",
     "report",
     "set_adapter",
     "trainable_parameters",
     "unmerge",
+    "update_and_allocate",
 ]

@@ -33,6 +33,7 @@ class Attached:
     kept_original: bool = True  # of the merged ones: whether unmerge is possible
     disabled: int = 0  # depth of disable_adapters()
     biases: TrainedBiases | None = None
+    allocators: dict[str, Any] = field(default_factory=dict)  # by adapter name: AdaLoRA's, once they have begun
 
 
 def attached(model: nn.Module) -> Attached:
@@ -136,6 +137,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             wrapper.delete_adapter(name)
     take_out(model, [wrapper for _, wrapper in wrappers(model) if not wrapper.adapter_names()])
     del state.configs[name], state.trainable[name]
+    state.allocators.pop(name, None)
     set_adapter(model, [n for n in state.active if n != name])
 
 

@@ -188,7 +188,7 @@ def _check_adapters(model: nn.Module, state: Attached, names: Sequence[str]) -> 
     """ValueError for what has no sum."""
     for name in names:
         config = state.configs[name]
-        if not isinstance(config, LoraConfig):
+        if config.peft_type != LoraConfig.peft_type:
             raise ValueError(f"names: expected LoRA adapters, got {name!r}, a {type(config).__name__}")
         if config.use_dora:
             raise ValueError(f"names: expected adapters without DoRA, got {name!r}: magnitudes have no weighted sum")

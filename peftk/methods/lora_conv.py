@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
 
 
-def _window(module: nn.Module) -> nn.Module:
+def window(module: nn.Module) -> nn.Module:
     """A convolution without groups and without a weight of its own, which moves over x as ``module`` does."""
     return type(module)(
         module.in_channels, 1, module.kernel_size, module.stride, module.padding, module.dilation,
@@ -54,7 +54,7 @@ class LoraConv(Decomposed, PlainLayer):
     def __init__(self, module: nn.Module):
         super().__init__(module, module)
         self._convolve = CONVOLUTIONS[type(module)]
-        self._window = (_window(module),)  # in a tuple, so that it is no submodule
+        self._window = (window(module),)  # in a tuple, so that it is no submodule
         self.in_channels, self.out_channels = module.in_channels, module.out_channels
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scaling: dict[str, float] = {}

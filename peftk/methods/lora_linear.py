@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peftk.methods.lora import LoraConfig
 
 
-def _keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
+def keep_off_fast_path(module: nn.Module, arguments: Any) -> None:
     """nn.TransformerEncoderLayer's fast path reads the weights itself, without adapters; it keeps off where a hook is found."""
 
 
@@ -46,7 +46,7 @@ class LoraLinear(Decomposed, AdapterLayer):
     def __init__(self, module: nn.Module):
         super().__init__(base_layer(module), module)
         if self.base_layer is not module:
-            self.base_layer.register_forward_pre_hook(_keep_off_fast_path)
+            self.base_layer.register_forward_pre_hook(keep_off_fast_path)
         self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # (r, k) and (n, r)
         self.scaling: dict[str, float] = {}

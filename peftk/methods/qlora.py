@@ -1,14 +1,12 @@
 """QLoRA (Dettmers et al. 2023) as a recipe: 4-bit linear layers, gradient checkpointing, LoRA on all of them.
 
-Norms, embeddings and head keep their dtype. The paper's settings (section 4, appendix B): r = 64, alpha = 16, dropout 0.1 up to
-13B parameters and 0.05 beyond, a constant learning rate of 2e-4 (1e-4 from 33B), clipping at 0.3, Adam's beta2 0.999.
+Norms, embeddings and head keep their dtype. qlora_recipe.py has the paper's settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -16,13 +14,9 @@ from peftk.methods.attach import attach, check_new_name, find_attached, wrappers
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_init import TAKEN_FROM_W, family
 from peftk.methods.lora_linear import LoraLinear
+from peftk.methods.qlora_recipe import qlora_recipe
 from peftk.methods.targets import TASK_HEADS, output_heads
 from peftk.nn import quantizable, quantize_model
-
-
-def qlora_config(**changes: Any) -> LoraConfig:
-    """The paper's adapter: LoRA on all linear layers, r = 64, alpha = 16, dropout 0.1; keywords change fields."""
-    return LoraConfig(**{"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "all-linear", **changes})
 
 
 def qlora(
@@ -36,7 +30,8 @@ def qlora(
     adapter_name: str = "default",
     progress: bool = True,
 ) -> nn.Module:
-    """Quantise the model in place, a layer at a time, and attach LoRA to it (``qlora_config()`` if None). Returns the model.
+    """Quantise the model in place, a layer at a time, and attach LoRA to it (``qlora_recipe(model).config`` if None). Returns
+    the model.
 
     The output head, the config's ``modules_to_save``, the heads of classification models and what ``skip`` names stay dense.
     Starts that are taken out of the weights (PiSSA, OLoRA, LoftQ) are taken out of the dense ones, and the rest is then
@@ -44,7 +39,7 @@ def qlora(
     ``gradient_checkpointing`` needs a transformers model (or one with the same two methods); TypeError, before anything is
     changed, without them.
     """
-    config = qlora_config() if config is None else config
+    config = qlora_recipe(model).config if config is None else config
     check_new_name(model, adapter_name)
     if gradient_checkpointing:
         _check_checkpointing(model)

@@ -71,13 +71,17 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def select(
-    model: nn.Module, config: Any, is_supported: Callable[[nn.Module], bool], is_ours: Callable[[nn.Module], bool]
+    model: nn.Module,
+    config: Any,
+    is_supported: Callable[[nn.Module], bool],
+    is_ours: Callable[[nn.Module], bool],
+    supported: str = "linear layers, embeddings or convolutions",
 ) -> list[str]:
     """Paths of the modules that ``config.target_modules`` (with exclude_modules, layers_to_transform, layers_pattern and
     modules_to_save) selects; a module at several places goes by its first.
 
-    ``is_supported``: what the method can adapt; ``is_ours``: a wrapper, whose inside is left alone. ValueError where nothing
-    matches, listing what there is, or where a match can't be adapted, naming it and its class.
+    ``is_supported``: what the method can adapt, ``supported`` in words; ``is_ours``: a wrapper, whose inside is left alone.
+    ValueError where nothing matches, listing what there is, or where a match can't be adapted, naming it and its class.
     """
     wanted = config.target_modules if config.target_modules is not None else default_targets(model)
     modules = visible_modules(model, is_ours)
@@ -89,7 +93,7 @@ def select(
         paths = matching(modules, wanted, config)
     if unsupported := [path for path in paths if not is_supported(modules[path])]:
         kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in unsupported[:8])
-        raise ValueError(f"target_modules: expected linear layers, embeddings or convolutions, got {kinds}")
+        raise ValueError(f"target_modules: expected {supported}, got {kinds}")
     if not paths:
         have = sorted({path.rpartition(".")[2] for path, module in modules.items() if is_supported(module)})
         raise ValueError(
