@@ -41,6 +41,9 @@ inline void stream_fence() { _mm_sfence(); }
 
 inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 square_root(F32 x) { return {_mm512_sqrt_ps(x.v)}; }
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
 inline float reduce_sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 

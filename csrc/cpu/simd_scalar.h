@@ -80,6 +80,18 @@ inline F32 operator+(F32 a, F32 b) {
   for (int i = 0; i < kLanes; i++) a.lane[i] += b.lane[i];
   return a;
 }
+inline F32 operator-(F32 a, F32 b) {
+  for (int i = 0; i < kLanes; i++) a.lane[i] -= b.lane[i];
+  return a;
+}
+inline F32 operator/(F32 a, F32 b) {
+  for (int i = 0; i < kLanes; i++) a.lane[i] /= b.lane[i];
+  return a;
+}
+inline F32 square_root(F32 x) {
+  for (float& lane : x.lane) lane = __builtin_sqrtf(lane);
+  return x;
+}
 
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return a * b + sum; }
 inline float reduce_sum(F32 v) {
