@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peftk.ops.adamw_step import unchecked, unchecked8
-from peftk.optim.moments import NAMES8, NAMES32, STEP, State
+from peftk.optim.moments import STEP, State, bits_of, names
 
 
 @dataclass
@@ -21,6 +21,10 @@ class Call:
     params: list[torch.Tensor] = field(default_factory=list)
     grads: list[torch.Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
+
+    def moments(self) -> list[list[torch.Tensor]]:
+        """Lists in the order in which the op takes them."""
+        return [[state[name] for state in self.states] for name in names(self.bits)]
 
     def count_step(self) -> None:
         for state in self.states:
@@ -40,11 +44,11 @@ def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Ca
         state = states[p]
         if STEP not in state:
             state = start(p)
-        bits, step = 32 if "exp_avg" in state else 8, state[STEP] + 1
-        key = (p.dtype, p.device, bits, step)
+        step = state[STEP] + 1
+        key = (p.dtype, p.device, bits_of(state), step)
         call = found.get(key)
         if call is None:
-            call = found[key] = Call(bits, step)
+            call = found[key] = Call(key[2], step)
         call.params.append(p)
         call.grads.append(grad)
         call.states.append(state)
@@ -52,17 +56,41 @@ def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Ca
 
 
 def run(call: Call, coefficients: Sequence[float]) -> None:
-    """One call. Tensors that are not contiguous take part as copies."""
-    params = [p if p.is_contiguous() else p.contiguous() for p in call.params]
-    grads = [g if g.is_contiguous() else g.contiguous() for g in call.grads]
-    names, step = (NAMES32, unchecked) if call.bits == 32 else (NAMES8, unchecked8)
-    step(params, grads, *([state[name] for state in call.states] for name in names), coefficients)
-    for original, used in zip(call.params, params, strict=True):
-        if original is not used:
-            original.copy_(used)
+    """One call, at once."""
+    with Contiguous(call) as (params, grads):
+        update(call.bits, params, grads, call.moments(), coefficients)
+
+
+def update(
+    bits: int,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    moments: Sequence[Sequence[torch.Tensor]],
+    coefficients: Sequence[float],
+) -> None:
+    """The op on lists of tensors that fit each other."""
+    step = unchecked if bits == 32 else unchecked8
+    step(params, grads, *moments, coefficients)
+
+
+class Contiguous:
+    """A call's parameters and gradients for a ``with``: what is not contiguous as a copy, and parameters copied back."""
+
+    def __init__(self, call: Call) -> None:
+        self.originals = call.params
+        self.params = [p if p.is_contiguous() else p.contiguous() for p in call.params]
+        self.grads = [g if g.is_contiguous() else g.contiguous() for g in call.grads]
+
+    def __enter__(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self.params, self.grads
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        if error is None:
+            for original, used in zip(self.originals, self.params, strict=True):
+                if original is not used:
+                    original.copy_(used)
 
 
 def is_finite(grad: torch.Tensor) -> bool:
     """Whether every element is."""
-    values = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
-    return not values.numel() or bool(torch.linalg.vector_norm(values, torch.inf).isfinite())
+    return not grad.numel() or bool(torch.linalg.vector_norm(grad, torch.inf).isfinite())
