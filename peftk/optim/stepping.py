@@ -32,23 +32,29 @@ class Call:
 
 
 def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Callable[[torch.Tensor], State]) -> Iterable[Call]:
-    """Those of a group's parameters that have a gradient. ``start`` makes the state of one that has none. TypeError for a sparse
-    gradient."""
+    """Those of a group's parameters that have a gradient. ``start`` makes the state of one that has none. TypeError for a
+    gradient that is sparse or of another dtype, ValueError where a parameter has changed its size."""
     found: dict[tuple, Call] = {}
     for p in group["params"]:
         grad = p.grad
         if grad is None:
             continue
-        if grad.layout is not torch.strided:
-            raise TypeError(f"grad: expected a dense gradient, got one of layout {grad.layout}")
+        dtype = p.dtype
+        if grad.layout is not torch.strided or grad.dtype is not dtype:
+            raise TypeError(f"grad: expected a dense gradient of {dtype}, got one of {grad.dtype}, {grad.layout}")
         state = states[p]
         if STEP not in state:
             state = start(p)
-        step = state[STEP] + 1
-        key = (p.dtype, p.device, bits_of(state), step)
+        bits, step, count = bits_of(state), state[STEP] + 1, p.numel()
+        if grad.numel() != count or state[names(bits)[0]].numel() != count:
+            raise ValueError(
+                f"grad: expected a gradient and moments of the parameter's shape {tuple(p.shape)}, got {tuple(grad.shape)} and "
+                f"{tuple(state[names(bits)[0]].shape)}"
+            )
+        key = (dtype, p.device, bits, step)
         call = found.get(key)
         if call is None:
-            call = found[key] = Call(key[2], step)
+            call = found[key] = Call(bits, step)
         call.params.append(p)
         call.grads.append(grad)
         call.states.append(state)

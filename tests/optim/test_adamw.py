@@ -143,6 +143,27 @@ def test_not_contiguous(bits):
     assert torch.equal(plain, turned) and turned.stride() == (1, 80)
 
 
+def test_gradients_that_do_not_fit():
+    """Kernels go by addresses: nothing may be read or written beyond a tensor's end."""
+    sparse = nn.Embedding(10, 4, sparse=True)
+    sparse(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(
+        TypeError, match="grad: expected a dense gradient of torch.float32, got one of torch.float32, torch.sparse_coo"
+    ):
+        AdamW(sparse.parameters()).step()
+    p = nn.Parameter(torch.ones(20))
+    optimizer = AdamW([p])
+    p.grad = torch.ones(20)
+    optimizer.step()
+    p.grad, p.data = None, torch.ones(30)
+    p.grad = torch.ones(30)
+    with pytest.raises(ValueError, match=r"moments of the parameter's shape \(30,\), got \(30,\) and \(20,\)"):
+        optimizer.step()
+    p.data = torch.ones(10)
+    with pytest.raises(ValueError, match=r"of the parameter's shape \(10,\), got \(30,\) and \(20,\)"):
+        optimizer.step()
+
+
 def test_autograd_is_told():
     """A parameter that a graph still needs was changed: backward says so, as after torch's own step."""
     p = nn.Parameter(torch.ones(5))
