@@ -1,7 +1,7 @@
 // Words for the dynamic 8-bit codes, kGroup8 of them at a time: a length that divides every block of an optimizer's state.
 //
 //   decode8(code, codes, x)      x = values of the codes
-//   encode8(nearest, x, codes)   codes nearest to x in [-1, 1], the lower one on a tie; 0 for NaN
+//   encode8(nearest, x, codes)   codes nearest to x in [-1, 1], the lower one on a tie; any code for other x
 #pragma once
 #include "cpu/simd.h"
 #include "format/nearest8.h"

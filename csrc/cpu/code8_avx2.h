@@ -15,8 +15,7 @@ inline void encode8(const Nearest8& nearest, const F32 (&x)[kGroupVectors8], std
     const __m256i below = _mm256_and_si256(four, _mm256_set1_epi32(0xff));
     const __m256 threshold = _mm256_i32gather_ps(nearest.code->threshold, below, 4);
     const __m256i nearer = _mm256_castps_si256(_mm256_cmp_ps(value, threshold, _CMP_GT_OQ));
-    const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_ORD_Q));
-    store_bytes(codes + i * kLanes, {_mm256_and_si256(_mm256_sub_epi32(below, nearer), number)});
+    store_bytes(codes + i * kLanes, {_mm256_sub_epi32(below, nearer)});
   }
 }
 

@@ -10,7 +10,7 @@ inline void encode8(const Nearest8& nearest, const F32 (&x)[kGroupVectors8], std
     const std::uint32_t bits = bits_of(value), upper = (bits & 0x7fffffffu) >> kBucketShift8;
     const std::uint32_t above = upper < kFirstBucket8 ? 0 : upper - kFirstBucket8, bucket = above < last ? above : last;
     const std::uint32_t below = nearest.below[bucket + (bits >> 31) * kNegativeBuckets8];
-    codes[i] = value == value ? static_cast<std::uint8_t>(below + (value > nearest.code->threshold[below])) : 0;
+    codes[i] = static_cast<std::uint8_t>(below + (value > nearest.code->threshold[below]));
   }
 }
 

@@ -87,15 +87,6 @@ inline U32 rank16(Thresholds16 thresholds, F32 x) {
   }
   return {rank};
 }
-inline U32 rank256(const float* thresholds, F32 x) {
-  __m256i rank = _mm256_setzero_si256();
-  for (int step = 128; step; step >>= 1) {
-    const __m256 probe = _mm256_i32gather_ps(thresholds, _mm256_add_epi32(rank, _mm256_set1_epi32(step - 1)), 4);
-    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, probe, _CMP_GT_OQ));
-    rank = _mm256_add_epi32(rank, _mm256_and_si256(above, _mm256_set1_epi32(step)));
-  }
-  return {rank};
-}
 
 inline U32 nibbles(const std::uint8_t* packed) {
   std::int32_t four;

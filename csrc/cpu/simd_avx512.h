@@ -76,14 +76,6 @@ inline U32 rank16(Thresholds16 thresholds, F32 x) {
   }
   return {rank};
 }
-inline U32 rank256(const float* thresholds, F32 x) {
-  __m512i rank = _mm512_setzero_si512();
-  for (int step = 128; step; step >>= 1) {
-    const __m512 probe = _mm512_i32gather_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(step - 1)), thresholds, 4);
-    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(x.v, probe, _CMP_GT_OQ), rank, _mm512_set1_epi32(step));
-  }
-  return {rank};
-}
 
 // One byte in each 64-bit lane: its high nibble belongs to the even dword, its low nibble to the odd one. Bits above 3:0 stay.
 inline U32 nibbles(const std::uint8_t* packed) {

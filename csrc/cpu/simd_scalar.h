@@ -138,15 +138,6 @@ inline U32 rank16(Thresholds16 thresholds, F32 x) {
     for (int i = 0; i < kLanes; i++) rank.lane[i] += x.lane[i] > thresholds.value[t];
   return rank;
 }
-inline U32 rank256(const float* thresholds, F32 x) {
-  U32 rank{};
-  for (int i = 0; i < kLanes; i++) {
-    std::uint32_t r = 0;
-    for (std::uint32_t step = 128; step; step >>= 1) r += x.lane[i] > thresholds[r + step - 1] ? step : 0;
-    rank.lane[i] = r;
-  }
-  return rank;
-}
 
 inline U32 nibbles(const std::uint8_t* packed) {
   U32 code;

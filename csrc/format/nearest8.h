@@ -1,5 +1,5 @@
 // Tables that find the dynamic 8-bit code nearest to x in [-1, 1] without a search of its 255 thresholds: number of thresholds
-// strictly below x, 0 for NaN, as in peftk/format/dynamic8.py.
+// strictly below x, as in peftk/format/dynamic8.py.
 #pragma once
 #include <cstdint>
 

@@ -193,15 +193,16 @@ class AdamW(torch.optim.Optimizer):
 
     def _is_stopped(self) -> bool:
         """Whether a gradient that isn't finite forbids this step."""
-        for _, name, p in self._all():
-            if p.grad is not None and not stepping.is_finite(p.grad):
-                message = f"the gradient of {name} has elements that are not finite"
-                if self.options.nonfinite == "raise":
-                    raise FloatingPointError(message)
-                self.skipped_steps += 1
-                logger.warning("%s: this step changes nothing (%d skipped so far)", message, self.skipped_steps)
-                return True
-        return False
+        found = [(name, p.grad) for _, name, p in self._all() if p.grad is not None and p.grad.layout is torch.strided]
+        index = stepping.first_not_finite([grad for _, grad in found])
+        if index is None:
+            return False
+        message = f"the gradient of {found[index][0]} has elements that are not finite"
+        if self.options.nonfinite == "raise":
+            raise FloatingPointError(message)
+        self.skipped_steps += 1
+        logger.warning("%s: this step changes nothing (%d skipped so far)", message, self.skipped_steps)
+        return True
 
     def _all(self) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
         """Every parameter with its group and its name."""

@@ -192,6 +192,16 @@ def test_skipping(bad, caplog):
         assert_equal(*([v for v in s.values() if isinstance(v, torch.Tensor)] for s in (tensors, state[index])))
 
 
+def test_large_gradients_are_finite():
+    """Their sum isn't."""
+    p = nn.Parameter(torch.ones(8, dtype=torch.float16))
+    q = nn.Parameter(torch.ones(4))
+    p.grad, q.grad = torch.full((8,), 6e4, dtype=torch.float16), torch.full((4,), 3e38)
+    optimizer = AdamW([p, q], nonfinite="raise")
+    optimizer.step()
+    assert optimizer.state[q]["step"] == 1
+
+
 def test_raising_and_keeping():
     parameters = model()
     set_gradients(parameters.values(), 0)
