@@ -4,7 +4,7 @@
 ``unified`` (CUDA's managed memory). ``window`` decides what is resident, ``empty`` is the allocator by itself.
 """
 
+from peftk.paging.engine import Stats
 from peftk.paging.pager import Pager, empty, resident, stats
-from peftk.paging.window import Stats
 
 __all__ = ["Pager", "Stats", "empty", "resident", "stats"]
