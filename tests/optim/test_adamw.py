@@ -129,6 +129,21 @@ def test_closure_and_parameters_without_gradient():
     assert list(optimizer.state) == [parameters["p1"]] and optimizer.state[parameters["p1"]]["step"] == 20
 
 
+def test_one_that_joins_later_counts_its_own_steps():
+    """Bias corrections are by each parameter's number of steps, as in torch."""
+    ours, theirs = model(), model()
+    optimizers = [(AdamW(ours.values(), lr=1e-2), ours), (torch.optim.AdamW(theirs.values(), lr=1e-2), theirs)]
+    for step in range(6):
+        for optimizer, parameters in optimizers:
+            set_gradients(parameters.values(), step)
+            if step < 3:
+                parameters["p2"].grad = None
+            optimizer.step()
+    assert [optimizers[0][0].state[p]["step"] for p in ours.values()] == [6, 6, 3, 6]
+    for a, b in zip(values(ours), values(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_not_contiguous(bits):
     """Transposed parameters and gradients, as their contiguous copies."""
@@ -257,6 +272,18 @@ def test_going_on_is_bit_for_bit(kind, dtype, by):
         parts, second = copy.deepcopy((parts, first)) if by == "deepcopy" else pickle.loads(pickle.dumps((parts, first)))
     train(second, 3, 6)
     assert_equal(values(parts), values(whole))
+
+
+def test_a_loaded_state_comes_to_this_optimizers_bits():
+    """And so do parameters that take their first step afterwards; other options are the loaded ones."""
+    parameters = model()
+    first, second = AdamW(parameters.values(), lr=0.25), AdamW8bit(parameters.values())
+    set_gradients([parameters["p0"]], 0)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    train(second, 1, 2)
+    assert [bits_of(second.state[parameters[name]]) for name in ("p0", "p2")] == [8, 8]
+    assert second.param_groups[0]["lr"] == 0.25 and second.state[parameters["p0"]]["step"] == 2
 
 
 def test_state_of_another_shape_is_refused():
