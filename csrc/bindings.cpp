@@ -4,6 +4,7 @@
 #include "cpu/parallel.h"
 #include "format/dynamic8.h"
 #include "format/nf4.h"
+#include "ops/adamw_step/op.h"
 #include "ops/blockwise8_dequantize/op.h"
 #include "ops/blockwise8_quantize/op.h"
 #include "ops/lora_linear/op.h"
@@ -44,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
   peftk::expose_cuda_ops(m);
 #endif
 
+  PEFTK_OP(adamw_step);
+  PEFTK_OP(adamw_step8);
   PEFTK_OP(blockwise8_dequantize);
   PEFTK_OP(blockwise8_quantize);
   PEFTK_OP(lora_linear);

@@ -1,6 +1,6 @@
 """peftk: kernels and thin modules for cheap fine-tuning of large models. The public names, grouped; nothing else."""
 
-from peftk import nn, ops
+from peftk import nn, ops, optim
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.format.nf4 import NF4Weight
 from peftk.info import info
@@ -86,4 +86,6 @@ __all__ = [
     "unmerge",
     "update_and_allocate",
     "use_int8_activations",
+    # optimizers
+    "optim",
 ]

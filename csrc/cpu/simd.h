@@ -3,11 +3,11 @@
 //   F32, U32                       a vector each
 //   load(T*), store(T*, F32)       fp32 | bf16 | fp16 in memory, fp32 in registers; rounding to nearest even, denormals kept
 //   stream(T*, F32)                store past the cache; aligned to the vector's bytes
+//   + - * /, square_root           each rounded on its own
 //   multiply_add, reduce_sum       a * b + sum, in one rounding where the tier has FMA; the sum of the lanes
 //   Table16 / lookup               16 fp32 by the low four bits of each lane
 //   rank16                         number of a Thresholds16's 15 ascending thresholds that are strictly below x; 0 for NaN
-//   rank256                        the same for 255 thresholds in memory
-//   lookup256                      the same for 256 fp32 by kLanes bytes
+//   lookup256                      256 fp32 by kLanes bytes
 //   nibbles, pack_nibbles          kLanes/2 bytes <-> kLanes codes; even elements in the high nibble
 //   shift_right(U32, bits)         of each lane
 //   words(uint32), operator^         the same word in all lanes; bit by bit

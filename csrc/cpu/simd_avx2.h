@@ -41,6 +41,9 @@ inline void stream_fence() { _mm_sfence(); }
 
 inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32 square_root(F32 x) { return {_mm256_sqrt_ps(x.v)}; }
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return {_mm256_fmadd_ps(a.v, b.v, sum.v)}; }
 inline float reduce_sum(F32 x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
@@ -81,15 +84,6 @@ inline U32 rank16(Thresholds16 thresholds, F32 x) {
   for (int t = 0; t < 15; t++) {
     const __m256 above = _mm256_cmp_ps(x.v, _mm256_broadcast_ss(thresholds.value + t), _CMP_GT_OQ);
     rank = _mm256_sub_epi32(rank, _mm256_castps_si256(above));
-  }
-  return {rank};
-}
-inline U32 rank256(const float* thresholds, F32 x) {
-  __m256i rank = _mm256_setzero_si256();
-  for (int step = 128; step; step >>= 1) {
-    const __m256 probe = _mm256_i32gather_ps(thresholds, _mm256_add_epi32(rank, _mm256_set1_epi32(step - 1)), 4);
-    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, probe, _CMP_GT_OQ));
-    rank = _mm256_add_epi32(rank, _mm256_and_si256(above, _mm256_set1_epi32(step)));
   }
   return {rank};
 }

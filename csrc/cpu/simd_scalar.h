@@ -80,6 +80,18 @@ inline F32 operator+(F32 a, F32 b) {
   for (int i = 0; i < kLanes; i++) a.lane[i] += b.lane[i];
   return a;
 }
+inline F32 operator-(F32 a, F32 b) {
+  for (int i = 0; i < kLanes; i++) a.lane[i] -= b.lane[i];
+  return a;
+}
+inline F32 operator/(F32 a, F32 b) {
+  for (int i = 0; i < kLanes; i++) a.lane[i] /= b.lane[i];
+  return a;
+}
+inline F32 square_root(F32 x) {
+  for (float& lane : x.lane) lane = __builtin_sqrtf(lane);
+  return x;
+}
 
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return a * b + sum; }
 inline float reduce_sum(F32 v) {
@@ -124,15 +136,6 @@ inline U32 rank16(Thresholds16 thresholds, F32 x) {
   U32 rank{};
   for (int t = 0; t < 15; t++)
     for (int i = 0; i < kLanes; i++) rank.lane[i] += x.lane[i] > thresholds.value[t];
-  return rank;
-}
-inline U32 rank256(const float* thresholds, F32 x) {
-  U32 rank{};
-  for (int i = 0; i < kLanes; i++) {
-    std::uint32_t r = 0;
-    for (std::uint32_t step = 128; step; step >>= 1) r += x.lane[i] > thresholds[r + step - 1] ? step : 0;
-    rank.lane[i] = r;
-  }
   return rank;
 }
 

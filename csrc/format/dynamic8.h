@@ -5,6 +5,8 @@
 
 namespace peftk {
 
+inline constexpr int kStateBlock = 256;  // elements of an optimizer state that share one absmax
+
 struct Code8 {
   float value[256];      // ascending; value[zero] == 0
   float threshold[256];  // 255 used: the largest fp32 that is not above the midpoint, so that a tie goes to the lower code

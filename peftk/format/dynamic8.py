@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 NESTED_BLOCK = 256  # absmax values that share one fp32 scale in double quantisation
+STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share one fp32 scale
 
 
 @cache

@@ -1,5 +1,6 @@
 """Ops: contract, reference, autograd and kernels of each in its own room, registered as torch.ops.peftk.*"""
 
+from peftk.ops.adamw_step import adamw_step, adamw_step8
 from peftk.ops.blockwise8_dequantize import blockwise8_dequantize
 from peftk.ops.blockwise8_quantize import blockwise8_quantize
 from peftk.ops.lora_linear import lora_linear
@@ -11,6 +12,8 @@ from peftk.ops.nf4_quantize import nf4_quantize, quantize_nf4
 from peftk.ops.philox_dropout import philox_dropout
 
 __all__ = [
+    "adamw_step",
+    "adamw_step8",
     "blockwise8_dequantize",
     "blockwise8_quantize",
     "lora_linear",

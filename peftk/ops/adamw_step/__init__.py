@@ -1,0 +1,163 @@
+"""adamw_step, adamw_step8: one step of AdamW on a list of tensors, in place (Loshchilov and Hutter 2019, algorithm 2; decoupled
+weight decay before the update, as torch has it).
+
+    g = grad * grad_factor
+    m = m + (g - m) * (1 - beta1)
+    v = v * beta2 + (g * (1 - beta2)) * g
+    p = p * (1 - lr * weight_decay) - (m * (lr / (1 - beta1^step))) / (sqrt(v) * (1 / sqrt(1 - beta2^step)) + eps)
+
+in fp32, each operation rounded on its own (no FMA; division and square root correctly rounded), the hyper-parameters' eight
+coefficients rounded once from fp64: coefficients.py. Then p is rounded once to its dtype. All implementations agree bit for bit.
+
+adamw_step8 keeps m and v in 8 bits, blocks of 256 elements of the flat tensor (Dettmers et al. 2022, sections 2.1 and 2.2):
+m = value8_signed[state1] * absmax1[block], v = value8_unsigned[state2] * absmax2[block] before the step. After it
+absmax = max |m| and max v over the block, codes nearest to m * (1 / absmax) as in blockwise8_quantize, the lower one on a tie;
+p has been updated with m and v before this rounding. A block with nothing above the denormals (absmax < 2^-126) is stored as
+zeros with absmax 0. The layout is bitsandbytes': state1, state2, absmax1, absmax2.
+
+A non-finite gradient makes its own p non-finite, and in 8 bits its block's absmax as well; the codes of such a block are
+whatever comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.graph import increment_version
+
+from peftk.format.dynamic8 import STATE_BLOCK
+from peftk.ops import dispatch, library
+from peftk.ops.adamw_step import cpu, reference
+from peftk.ops.adamw_step.coefficients import coefficients
+
+Tensors = Sequence[torch.Tensor]
+
+TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE8 = (cpu.IMPLEMENTATION8, reference.IMPLEMENTATION8)
+
+
+def adamw_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    grad_factor: float = 1.0,
+) -> None:
+    """Step number ``step`` (the first is 1), in place on params, exp_avg and exp_avg_sq.
+
+    params: contiguous tensors of any shapes, all of one dtype (fp32|bf16|fp16) and on one device; grads: their shapes and
+    dtype; exp_avg, exp_avg_sq: their shapes, fp32. (The reference takes fp64 throughout as well.) TypeError or ValueError names
+    the list, the index in it and what doesn't fit; nothing has been written then.
+    """
+    c = coefficients(step, lr, beta1, beta2, eps, weight_decay, grad_factor)
+    check(params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    if params:
+        unchecked(params, grads, exp_avg, exp_avg_sq, c)
+
+
+def adamw_step8(
+    params: Tensors,
+    grads: Tensors,
+    state1: Tensors,
+    state2: Tensors,
+    absmax1: Tensors,
+    absmax2: Tensors,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    grad_factor: float = 1.0,
+) -> None:
+    """As adamw_step, in place on params, state1, state2, absmax1 and absmax2.
+
+    state1, state2: params' shapes, uint8: signed codes of m, unsigned codes of v; absmax1, absmax2: (ceil(numel / 256),) fp32.
+    A fresh state is state1 = 127, state2 = 0 (the codes of zero) and absmax = 0.
+    """
+    c = coefficients(step, lr, beta1, beta2, eps, weight_decay, grad_factor)
+    check(params, grads=grads, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
+    if params:
+        unchecked8(params, grads, state1, state2, absmax1, absmax2, c)
+
+
+@torch.no_grad()
+def unchecked(params: Tensors, grads: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, coefficients: Sequence[float]) -> None:
+    """adamw_step on lists that are known to fit and not empty, for an optimizer that made them: its checks of 420 small tensors
+    cost as much as their step."""
+    arguments = (params, grads, exp_avg, exp_avg_sq, coefficients)
+    _run(*arguments) if dispatch.is_straight(exp_avg[0]) else torch.ops.peftk.adamw_step(*arguments)
+
+
+@torch.no_grad()
+def unchecked8(
+    params: Tensors,
+    grads: Tensors,
+    state1: Tensors,
+    state2: Tensors,
+    absmax1: Tensors,
+    absmax2: Tensors,
+    coefficients: Sequence[float],
+) -> None:
+    """adamw_step8, as ``unchecked``."""
+    arguments = (params, grads, state1, state2, absmax1, absmax2, coefficients)
+    _run8(*arguments) if dispatch.is_straight(state1[0]) else torch.ops.peftk.adamw_step8(*arguments)
+
+
+def check(params: Tensors, **lists: Tensors) -> None:
+    """Hold the lists against params, one tensor after the other."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name}: expected {len(params)} tensors, one for each of params, got {len(tensors)}")
+    if not params:
+        return
+    dtype, device = params[0].dtype, params[0].device
+    if not dtype.is_floating_point:
+        raise TypeError(f"params[0]: expected a floating-point tensor, got {dtype}")
+    wide = torch.promote_types(dtype, torch.float32)
+    wanted = dict(params=dtype, grads=dtype, exp_avg=wide, exp_avg_sq=wide, state1=torch.uint8, state2=torch.uint8)
+    for name, tensors in (("params", params), *lists.items()):
+        of_blocks = name.startswith("absmax")
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            shape = (-(-param.numel() // STATE_BLOCK),) if of_blocks else param.shape
+            if tensor.dtype != wanted.get(name, torch.float32):
+                raise TypeError(f"{name}[{i}]: expected {wanted.get(name, torch.float32)}, got {tensor.dtype}")
+            if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != device:
+                raise ValueError(
+                    f"{name}[{i}]: expected a contiguous tensor of shape {tuple(shape)} on {device}, got {tuple(tensor.shape)} "
+                    f"with strides {tensor.stride()} on {tensor.device}"
+                )
+
+
+def _run(params, grads, exp_avg, exp_avg_sq, coefficients) -> None:
+    arguments = (params, grads, exp_avg, exp_avg_sq, coefficients)
+    dispatch.select("adamw_step", TABLE, *arguments)(*arguments)
+    increment_version([*params, *exp_avg, *exp_avg_sq])
+
+
+def _run8(params, grads, state1, state2, absmax1, absmax2, coefficients) -> None:
+    arguments = (params, grads, state1, state2, absmax1, absmax2, coefficients)
+    dispatch.select("adamw_step8", TABLE8, *arguments)(*arguments)
+    increment_version([*params, *state1, *state2, *absmax1, *absmax2])
+
+
+library.define(
+    "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float[] coefficients) -> ()",
+    _run,
+    lambda *_: None,
+)
+library.define(
+    "adamw_step8(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
+    "Tensor(e!)[] absmax2, float[] coefficients) -> ()",
+    _run8,
+    lambda *_: None,
+)
