@@ -27,13 +27,13 @@ import torch
 
 from peftk.format.dynamic8 import STATE_BLOCK
 from peftk.ops import dispatch, library
-from peftk.ops.adamw_step import cpu, reference
+from peftk.ops.adamw_step import cpu, cuda, reference
 from peftk.ops.adamw_step.coefficients import coefficients
 
 Tensors = Sequence[torch.Tensor]
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
-TABLE8 = (cpu.IMPLEMENTATION8, reference.IMPLEMENTATION8)
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, reference.IMPLEMENTATION)
+TABLE8 = (cpu.IMPLEMENTATION8, cuda.IMPLEMENTATION8, reference.IMPLEMENTATION8)
 
 
 def adamw_step(
