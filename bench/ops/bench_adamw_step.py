@@ -1,5 +1,5 @@
-"""One step of AdamW: 64 M fp32 parameters in one tensor, with moments in fp32 and in 8 bits, and the 420 small tensors of a rank-16
-LoRA on SmolLM2-135M. The peers' time is that of `optimizer.step()`.
+"""One step of AdamW: 64 M fp32 parameters in one tensor, with moments in fp32 and in 8 bits, and the 420 small tensors of a
+rank-16 LoRA on SmolLM2-135M. The peers' time is that of `optimizer.step()`.
 
 Bytes: parameter, gradient and both moments are read, all but the gradient written; in 8 bits a moment is a byte.
 """

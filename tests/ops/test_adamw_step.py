@@ -189,9 +189,9 @@ def test_bad_arguments_are_named():
     good = parameters((40, 300)) | state32((40, 300))
     for change, error, message in [
         ({"grads": good["grads"][:1]}, ValueError, r"grads: expected 2 tensors, one for each of params, got 1"),
-        ({"grads": [good["grads"][0], good["grads"][1].half()]}, TypeError, r"grads\[1\]: expected torch.float32, got torch.float16"),
-        ({"exp_avg": [t.bfloat16() for t in good["exp_avg"]]}, TypeError, r"exp_avg\[0\]: expected torch.float32, got torch.bfloat16"),
-        ({"exp_avg_sq": good["exp_avg_sq"][::-1]}, ValueError, r"exp_avg_sq\[0\]: expected a contiguous tensor of shape \(40,\) on cpu"),
+        ({"grads": [good["grads"][0], good["grads"][1].half()]}, TypeError, r"grads\[1\]: expected torch.float32, got"),
+        ({"exp_avg": [t.bfloat16() for t in good["exp_avg"]]}, TypeError, r"exp_avg\[0\]: expected torch.float32, got"),
+        ({"exp_avg_sq": good["exp_avg_sq"][::-1]}, ValueError, r"exp_avg_sq\[0\]: expected a contiguous tensor of shape \(40,\)"),
         ({"step": 0}, ValueError, "step: expected the number of this step, 1 or more, got 0"),
         ({"beta1": 1.0}, ValueError, r"beta1: expected a number in \[0, 1\), got 1.0"),
         ({"lr": float("nan")}, ValueError, "lr: expected a finite number, 0 or more, got nan"),

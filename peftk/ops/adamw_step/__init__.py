@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.graph import increment_version
 
 from peftk.format.dynamic8 import STATE_BLOCK
 from peftk.ops import dispatch, library
@@ -52,15 +53,14 @@ def adamw_step(
 ) -> None:
     """Step number ``step`` (the first is 1), in place on params, exp_avg and exp_avg_sq.
 
-    params: contiguous tensors of any shapes, all of one dtype (fp32|bf16|fp16) and on one device; grads: their shapes and dtype;
-    exp_avg, exp_avg_sq: their shapes, fp32. (The reference takes fp64 throughout as well.) TypeError or ValueError names the list,
-    the index in it and what doesn't fit; nothing has been written then.
+    params: contiguous tensors of any shapes, all of one dtype (fp32|bf16|fp16) and on one device; grads: their shapes and
+    dtype; exp_avg, exp_avg_sq: their shapes, fp32. (The reference takes fp64 throughout as well.) TypeError or ValueError names
+    the list, the index in it and what doesn't fit; nothing has been written then.
     """
     c = coefficients(step, lr, beta1, beta2, eps, weight_decay, grad_factor)
     check(params, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if params:
-        with torch.no_grad():
-            torch.ops.peftk.adamw_step(params, grads, exp_avg, exp_avg_sq, c)
+        unchecked(params, grads, exp_avg, exp_avg_sq, c)
 
 
 def adamw_step8(
@@ -81,14 +81,36 @@ def adamw_step8(
 ) -> None:
     """As adamw_step, in place on params, state1, state2, absmax1 and absmax2.
 
-    state1, state2: params' shapes, uint8: signed codes of m, unsigned codes of v; absmax1, absmax2: (ceil(numel / 256),) fp32 each.
+    state1, state2: params' shapes, uint8: signed codes of m, unsigned codes of v; absmax1, absmax2: (ceil(numel / 256),) fp32.
     A fresh state is state1 = 127, state2 = 0 (the codes of zero) and absmax = 0.
     """
     c = coefficients(step, lr, beta1, beta2, eps, weight_decay, grad_factor)
     check(params, grads=grads, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
     if params:
-        with torch.no_grad():
-            torch.ops.peftk.adamw_step8(params, grads, state1, state2, absmax1, absmax2, c)
+        unchecked8(params, grads, state1, state2, absmax1, absmax2, c)
+
+
+@torch.no_grad()
+def unchecked(params: Tensors, grads: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, coefficients: Sequence[float]) -> None:
+    """adamw_step on lists that are known to fit and not empty, for an optimizer that made them: its checks of 420 small tensors
+    cost as much as their step."""
+    arguments = (params, grads, exp_avg, exp_avg_sq, coefficients)
+    _run(*arguments) if dispatch.is_straight(exp_avg[0]) else torch.ops.peftk.adamw_step(*arguments)
+
+
+@torch.no_grad()
+def unchecked8(
+    params: Tensors,
+    grads: Tensors,
+    state1: Tensors,
+    state2: Tensors,
+    absmax1: Tensors,
+    absmax2: Tensors,
+    coefficients: Sequence[float],
+) -> None:
+    """adamw_step8, as ``unchecked``."""
+    arguments = (params, grads, state1, state2, absmax1, absmax2, coefficients)
+    _run8(*arguments) if dispatch.is_straight(state1[0]) else torch.ops.peftk.adamw_step8(*arguments)
 
 
 def check(params: Tensors, **lists: Tensors) -> None:
@@ -119,11 +141,13 @@ def check(params: Tensors, **lists: Tensors) -> None:
 def _run(params, grads, exp_avg, exp_avg_sq, coefficients) -> None:
     arguments = (params, grads, exp_avg, exp_avg_sq, coefficients)
     dispatch.select("adamw_step", TABLE, *arguments)(*arguments)
+    increment_version([*params, *exp_avg, *exp_avg_sq])
 
 
 def _run8(params, grads, state1, state2, absmax1, absmax2, coefficients) -> None:
     arguments = (params, grads, state1, state2, absmax1, absmax2, coefficients)
     dispatch.select("adamw_step8", TABLE8, *arguments)(*arguments)
+    increment_version([*params, *state1, *state2, *absmax1, *absmax2])
 
 
 library.define(

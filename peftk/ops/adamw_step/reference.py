@@ -20,8 +20,13 @@ def update(
     g = grad.to(m.dtype) * c.grad_factor
     m = m + (g - m) * c.weight1
     v = v * c.beta2 + (g * c.weight2) * g
-    denominator = v.sqrt() * c.root_factor + c.eps
+    denominator = square_root(v) * c.root_factor + c.eps
     return param.to(m.dtype) * c.decay - (m * c.step_size) / denominator, m, v
+
+
+def square_root(v: torch.Tensor) -> torch.Tensor:
+    """Correctly rounded, by way of fp64: torch's own on a CPU, MKL's, is now and then one ulp off."""
+    return v.double().sqrt().to(v.dtype)
 
 
 def run(params: Tensors, grads: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, coefficients: Sequence[float]) -> None:

@@ -1,0 +1,201 @@
+"""AdamW (Loshchilov and Hutter 2019) with its moments in 32 bits, or in 8 bits by blocks of 256 (Dettmers et al. 2022); paged
+where they don't fit. A step is one call for all tensors of a dtype: peftk.ops.adamw_step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from peftk.ops.adamw_step.coefficients import coefficients
+from peftk.optim import layouts, moments, stepping
+from peftk.optim.moments import BITS, STEP
+
+NONFINITE = ("keep", "skip", "raise")
+OWN_OPTIONS = ("bits", "min_8bit_size", "nonfinite")  # which a loaded state dict doesn't change
+logger = logging.getLogger("peftk")
+
+
+class _Kept:
+    """A parameter's loaded state, which torch.optim.Optimizer would cast to the parameter's dtype."""
+
+    def __init__(self, state: moments.State) -> None:
+        self.state = state
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW's step: weight decay decoupled and before the update, moments in fp32 whatever the parameters are.
+
+    params: as torch takes them, with names if they come from ``named_parameters()``; a group may have options of its own. fp32,
+    bf16 or fp16.
+    bits: of the moments, 32 or 8. In 8 bits parameters of fewer than ``min_8bit_size`` elements, and those that ``override``
+    names, stay at 32.
+    nonfinite: what a gradient with NaN or Inf does. "keep": it goes into the parameter and its moments, as in torch. "skip":
+    nothing is changed by that step, a warning names the parameter, ``skipped_steps`` counts. "raise": FloatingPointError names
+    it, and nothing is changed. Looking costs one pass over the gradients.
+    maximize: up the gradient instead of down.
+
+    ``load_state_dict`` takes torch's and bitsandbytes' AdamW as well, to the bits of this optimizer; ``peftk.optim.to_torch`` and
+    ``to_bitsandbytes`` turn ``state_dict()`` into theirs. ValueError names an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        bits: int = 32,
+        min_8bit_size: int = 4096,
+        nonfinite: str = "keep",
+        maximize: bool = False,
+    ) -> None:
+        if amsgrad:
+            raise ValueError("amsgrad: expected False, got True: peftk's AdamW keeps no maximum of past moments")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, defaults | dict(bits=bits, min_8bit_size=min_8bit_size, nonfinite=nonfinite))
+        self.skipped_steps = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. ValueError or TypeError names the option or the parameter that doesn't fit."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group, self._names(len(self.param_groups) - 1))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def override(self, param: torch.Tensor | str, bits: int) -> None:
+        """Keep this parameter's moments in so many bits, 32 or 8, whatever its size; ``param`` may be its name where the
+        optimizer knows names. What is there already is converted. KeyError for a parameter that isn't here."""
+        _check_bits("bits", bits)
+        for group, name, p in self._all():
+            if p is param or (isinstance(param, str) and name == param):
+                state = self.state[p]
+                state[BITS] = bits
+                if STEP in state:
+                    self.state[p] = self._placed(p, group, state)
+                return
+        known = param if isinstance(param, str) else f"a tensor of shape {tuple(param.shape)}"
+        raise KeyError(f"param: expected a parameter of this optimizer, or its name if it was given names, got {known}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter with a gradient; the loss where a closure computes it again."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.defaults["nonfinite"] != "keep" and self._is_stopped():
+            return loss
+        for group in self.param_groups:
+            for call in stepping.calls(group, self.state, lambda p, group=group: self._start(p, group)):
+                stepping.run(call, _coefficients(group, call.step))
+                call.count_step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; also of torch's and bitsandbytes' AdamW. Moments come to the bits of this optimizer and to the parameter's
+        device, and are paged where this is paged; byte for byte where they have these bits. ValueError names what doesn't fit."""
+        ours = layouts.from_any(state_dict)
+        own = [{name: group[name] for name in OWN_OPTIONS} for group in self.param_groups]
+        super().load_state_dict(ours | {"state": {key: _Kept(state) for key, state in ours["state"].items()}})
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)
+        for group, name, p in self._all():
+            if isinstance(kept := self.state.get(p), _Kept):
+                self.state[p] = self._placed(p, group, kept.state, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("skipped_steps", 0)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> moments.State:
+        """The state of a parameter before its first step; what ``override`` has noted stays."""
+        state = self.state[param]
+        state.update(moments.fresh(param, _bits(param, group, state), torch.empty))
+        return state
+
+    def _placed(self, param: torch.Tensor, group: dict[str, Any], state: moments.State, name: str = "param") -> moments.State:
+        """The state in the bits and on the device that it has here."""
+        bits = _bits(param, group, state)
+        for key in moments.names(moments.bits_of(state)) if moments.bits_of(state) else ():
+            if not key.startswith("absmax") and state[key].numel() != param.numel():
+                raise ValueError(f"{name}.{key}: expected shape {tuple(param.shape)}, got {tuple(state[key].shape)}")
+        there = {key: value.to(param.device) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+        converted = moments.converted(there, bits) if moments.bits_of(there) else there
+        wide = torch.promote_types(param.dtype, torch.float32)
+        for key in moments.NAMES32 if bits == 32 and STEP in converted else ():
+            converted[key] = converted[key].to(wide)
+        for key in moments.names(bits) if STEP in converted else ():
+            copy = torch.empty(converted[key].shape, dtype=converted[key].dtype, device=param.device)
+            converted[key] = copy.copy_(converted[key])
+        return converted
+
+    def _is_stopped(self) -> bool:
+        """Whether a gradient that isn't finite forbids this step."""
+        for _, name, p in self._all():
+            if p.grad is not None and not stepping.is_finite(p.grad):
+                message = f"the gradient of {name} has elements that are not finite"
+                if self.defaults["nonfinite"] == "raise":
+                    raise FloatingPointError(message)
+                self.skipped_steps += 1
+                logger.warning("%s: this step changes nothing (%d skipped so far)", message, self.skipped_steps)
+                return True
+        return False
+
+    def _all(self) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+        """Every parameter with its group and its name."""
+        for i, group in enumerate(self.param_groups):
+            for name, p in zip(self._names(i), group["params"], strict=True):
+                yield group, name, p
+
+    def _names(self, group: int) -> list[str]:
+        """Of a group's parameters: as they were given, or their places."""
+        chosen = self.param_groups[group]
+        return chosen.get("param_names") or [f"param_groups[{group}]['params'][{i}]" for i in range(len(chosen["params"]))]
+
+
+class AdamW8bit(AdamW):
+    """AdamW with moments in 8 bits: 2.03 bytes of state a parameter instead of 8."""
+
+    def __init__(self, params: Iterable[Any], *arguments: Any, **options: Any) -> None:
+        super().__init__(params, *arguments, **{"bits": 8} | options)
+
+
+def _coefficients(group: dict[str, Any], step: int) -> tuple[float, ...]:
+    (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
+    return coefficients(step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], sign)
+
+
+def _bits(param: torch.Tensor, group: dict[str, Any], state: moments.State) -> int:
+    """Of a parameter's moments: as overridden; else those of the group where it is large enough; 32 for fp64."""
+    if param.dtype == torch.float64:
+        return 32
+    return state.get(BITS) or (group["bits"] if param.numel() >= group["min_8bit_size"] else 32)
+
+
+def _check_bits(name: str, bits: int) -> None:
+    if bits not in (32, 8):
+        raise ValueError(f"{name}: expected 32 or 8, got {bits}")
+
+
+def _check_group(group: dict[str, Any], names: list[str]) -> None:
+    _check_bits("bits", group["bits"])
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas: expected two numbers, got {group['betas']}")
+    _coefficients(group, 1)
+    for name, p in zip(names, group["params"], strict=True):
+        if not p.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point parameter, got {p.dtype}")
