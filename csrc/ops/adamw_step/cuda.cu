@@ -53,19 +53,15 @@ __device__ __forceinline__ void step_elements(const Coefficients& c, T* param, c
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     adamw_step_kernel(const __grid_constant__ List list, const __grid_constant__ Coefficients c) {
-  Place at{};
-  bool wide = false;
-  std::uint32_t begin = 0, end = 0;  // chunks of the tensor at hand
+  std::uint32_t number = 0, begin = 0, end = 0;  // tensor at hand, its chunks
   for (std::uint32_t chunk = blockIdx.x; chunk < list.chunks(); chunk += gridDim.x) {
-    if (chunk >= end) {
-      const std::uint32_t number = list.find(chunk);
-      at = list.of[number], begin = list.first[number], end = list.first[number + 1], wide = at.is_wide();
-    }
+    if (chunk >= end) number = list.find(chunk), begin = list.first[number], end = list.first[number + 1];
+    const Place& at = list.of[number];
     const std::int64_t first = (chunk - begin) * static_cast<std::int64_t>(kChunk<T>) + threadIdx.x * kPerVector<T>;
     const std::int64_t left = at.count - first;
     T* const param = static_cast<T*>(at.param) + first;
     const T* const grad = static_cast<const T*>(at.grad) + first;
-    if (wide && left >= kPerVector<T>)
+    if (left >= kPerVector<T> && at.is_wide())
       step_vector(c, param, grad, at.m + first, at.v + first);
     else
       step_elements(c, param, grad, at.m + first, at.v + first, left);

@@ -144,18 +144,14 @@ __global__ void __launch_bounds__(kThreads8, kBlocks8)
     reinterpret_cast<std::uint32_t*>(tables)[i] = __ldg(tables_there + i);
   __syncthreads();
 
-  Place8 at{};
-  bool wide = false;
-  std::uint32_t begin = 0, end = 0;  // chunks of the tensor at hand
+  std::uint32_t number = 0, begin = 0, end = 0;  // tensor at hand, its chunks
   for (std::uint32_t chunk = blockIdx.x; chunk < list.chunks(); chunk += gridDim.x) {
-    if (chunk >= end) {
-      const std::uint32_t number = list.find(chunk);
-      at = list.of[number], begin = list.first[number], end = list.first[number + 1], wide = at.is_wide();
-    }
+    if (chunk >= end) number = list.find(chunk), begin = list.first[number], end = list.first[number + 1];
+    const Place8& at = list.of[number];
     const std::int64_t block = (chunk - begin) * static_cast<std::int64_t>(kChunk8) + threadIdx.x / kWarp * kStateBlock;
     const std::int64_t left = at.count - block;
     const int own = threadIdx.x % kWarp * kOwn8;
-    if (wide && left >= kStateBlock)
+    if (left >= kStateBlock && at.is_wide())
       step_block<true, T>(tables[0], c, at, block + own, kOwn8);
     else if (left > 0)  // of a whole warp
       step_block<false, T>(tables[0], c, at, block + own, left < kStateBlock ? static_cast<int>(left) - own : kOwn8);

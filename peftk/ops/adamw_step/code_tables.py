@@ -50,7 +50,7 @@ class Buckets:
         above = thresholds8(self.signed)[zero:].view(torch.int32).tolist()
         if not self.signed:
             return [(bits, (1 << spare) - 1) for bits in above]
-        # A negative number leaves zero at the magnitude of the threshold below zero: at the middle itself, where that is a number.
+        # A negative number passes a threshold at the first magnitude that isn't below the middle: at the middle, if it is one.
         below = thresholds8(True)[:zero].abs().flip(0).view(torch.int32).tolist() + [None]
         return [(up, (1 << spare - 1 if up == down else 1 << spare) - 1) for up, down in zip(above, below, strict=True)]
 
