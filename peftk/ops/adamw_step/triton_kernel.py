@@ -1,4 +1,4 @@
-"""One step of AdamW, up to GROUP tensors a launch, with moments in fp32 or in 8 bits: the formula is __init__.py's.
+"""One step of AdamW on a group of tensors, with moments in fp32 or in 8 bits: the formula is __init__.py's.
 
 In 8 bits a program holds ROWS blocks as (ROWS, 256): a block's absmax is a reduction over one axis, and the codes nearest to its
 new moments are looked up by exponent and leading mantissa bits: code_tables.py.
@@ -20,10 +20,12 @@ from peftk.ops.triton_words import EXACT, pick, row_absmax, sealed, unsealed
 
 Tensors = Sequence[torch.Tensor]
 
-GROUP = 16  # tensors of a launch: a launch of a tensor each costs more than its step where they are small
+# Tensors of a launch, with moments in fp32 and in 8 bits: where they are small, a launch of each costs more than its step. With
+# twice as many, gfx942 and gfx1100 spill their addresses.
+GROUP, GROUP8 = 8, 4
 ALONE = 1 << 20  # elements from which on a tensor has a launch to itself
 TILE, WARPS = 1024, 4  # elements a program with fp32 moments: 8 a thread
-ROWS, WARPS8 = 8, 4  # blocks of 8-bit moments a program: 16 elements a thread
+ROWS, WARPS8 = 16, 8  # blocks of 8-bit moments a program: 16 elements a thread
 
 BLOCK = tl.constexpr(STATE_BLOCK)
 ZERO1, ZERO2 = tl.constexpr(zero_code8(True)), tl.constexpr(zero_code8(False))
@@ -186,7 +188,7 @@ def adamw_step8(
 
 
 def run(params: Tensors, grads: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, coefficients: Sequence[float]) -> None:
-    for lists, grid, places in launches(TILE, params, grads, exp_avg, exp_avg_sq):
+    for lists, grid, places in launches(GROUP, TILE, params, grads, exp_avg, exp_avg_sq):
         gpu.triton().launch(adamw_step, grid, *lists, *places, tuple(coefficients), TILE=TILE, num_warps=WARPS, **EXACT)
 
 
@@ -200,28 +202,29 @@ def run8(
     coefficients: Sequence[float],
 ) -> None:
     tables = code_tables.code_tables(params[0].device)
-    for lists, grid, places in launches(ROWS * STATE_BLOCK, params, grads, state1, state2, absmax1, absmax2):
+    for lists, grid, places in launches(GROUP8, ROWS * STATE_BLOCK, params, grads, state1, state2, absmax1, absmax2):
         gpu.triton().launch(adamw_step8, grid, *lists, *places, tuple(coefficients), tables, ROWS=ROWS, num_warps=WARPS8, **EXACT)
 
 
-def launches(tile: int, *lists: Tensors) -> Iterator[tuple[list[tuple], tuple[int], tuple[tuple, tuple]]]:
-    """Of each launch: the lists' tensors, its grid, counts and firsts. Large tensors have one to themselves, since a group's
-    programs look for theirs; so have those that no wide access takes, each of which may be another kernel."""
+def launches(most: int, tile: int, *lists: Tensors) -> Iterator[tuple[list[tuple], tuple[int], tuple[tuple, tuple]]]:
+    """Of each launch, of ``most`` tensors: the lists' tensors, its grid, counts and firsts. Large tensors have one to themselves,
+    since a group's programs look for theirs; so have those that no wide access takes, each of which may be another kernel."""
     small: list[tuple] = []
     for tensors in zip(*lists, strict=True):
         count = tensors[0].numel()
         if count >= ALONE or any(t.data_ptr() % 16 for t in tensors):
-            yield launch_of(tile, [tensors])
+            yield launch_of(1, tile, [tensors])
         elif count:
             small.append(tensors)
-    for at in range(0, len(small), GROUP):
-        yield launch_of(tile, small[at : at + GROUP])
+    for at in range(0, len(small), most):
+        group = small[at : at + most]
+        yield launch_of(most if len(group) > 1 else 1, tile, group)
 
 
-def launch_of(tile: int, group: list[tuple]) -> tuple[list[tuple], tuple[int], tuple[tuple, tuple]]:
-    """A group is filled up with what no program comes to, so that there are two kernels of a kind, and not GROUP."""
+def launch_of(size: int, tile: int, group: list[tuple]) -> tuple[list[tuple], tuple[int], tuple[tuple, tuple]]:
+    """Filled up to ``size`` with what no program comes to: groups of every size would be kernels of their own."""
     counts = [tensors[0].numel() for tensors in group]
     *firsts, programs = accumulate((triton.cdiv(count, tile) for count in counts), initial=0)
-    missing = GROUP - len(group) if len(group) > 1 else 0
+    missing = size - len(group)
     group, counts, firsts = group + group[-1:] * missing, counts + [0] * missing, firsts + [programs] * missing
     return list(zip(*group, strict=True)), (programs,), (tuple(map(sealed, counts)), tuple(map(sealed, firsts)))
