@@ -1,6 +1,6 @@
 """peftk: kernels and thin modules for cheap fine-tuning of large models. The public names, grouped; nothing else."""
 
-from peftk import nn, ops
+from peftk import nn, ops, optim
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.format.nf4 import NF4Weight
 from peftk.info import info
@@ -62,4 +62,6 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use_int8_activations",
+    # optimizers
+    "optim",
 ]

@@ -130,13 +130,14 @@ inline WideProduct multiply_wide(U32 x, std::uint32_t factor) {
 }
 inline std::uint32_t not_below(U32 x, std::uint32_t limit) { return _mm512_cmpge_epu32_mask(x.v, words(limit).v); }
 inline F32 where(std::uint32_t bits, F32 x) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x.v)}; }
+// Packing and unpacking work in 128-bit quarters: 64 bytes with dword q of quarter j as dword j of quarter q, and back.
+inline __m512i turned(__m512i bytes) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+}
 #ifdef PEFTK_TIER_IS_AVX512_BF16
 // 64 at once by VBMI, out[j] = table[index[16 j]] and on: each byte of the values is a table of its own, and vpermi2b looks 64
 // up in half of one. 9 operations for 16 where lookup256 takes 31.
-inline void lookup256_64(const std::uint8_t (&bytes)[4][256], const std::uint8_t* index, F32 (&out)[4]) {
-  // Below, bytes are interleaved in 128-bit quarters: dword j of quarter q has to be dword q of quarter j.
-  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i at = _mm512_permutexvar_epi32(turned, _mm512_loadu_si512(index));
+inline void lookup256_turned(const std::uint8_t (&bytes)[4][256], __m512i at, F32 (&out)[4]) {
   const __mmask64 upper = _mm512_movepi8_mask(at);
   __m512i byte[4];
 #pragma GCC unroll 4
@@ -151,6 +152,9 @@ inline void lookup256_64(const std::uint8_t (&bytes)[4][256], const std::uint8_t
   out[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
   out[2].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
   out[3].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+}
+inline void lookup256_64(const std::uint8_t (&bytes)[4][256], const std::uint8_t* index, F32 (&out)[4]) {
+  lookup256_turned(bytes, turned(_mm512_loadu_si512(index)), out);
 }
 #endif
 inline U32 shift_right(U32 x, int bits) { return {_mm512_srli_epi32(x.v, static_cast<unsigned>(bits))}; }

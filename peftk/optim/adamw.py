@@ -4,7 +4,9 @@ where they don't fit. A step is one call for all tensors of a dtype: peftk.ops.a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +14,28 @@ import torch
 from peftk.ops.adamw_step.coefficients import coefficients
 from peftk.optim import layouts, moments, stepping
 from peftk.optim.moments import BITS, STEP
+from peftk.optim.pages import Pages
 
 NONFINITE = ("keep", "skip", "raise")
-OWN_OPTIONS = ("bits", "min_8bit_size", "nonfinite")  # which a loaded state dict doesn't change
 logger = logging.getLogger("peftk")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of an optimizer as a whole; its groups have the others."""
+
+    min_8bit_size: int  # elements
+    nonfinite: str  # of NONFINITE
+    paged: bool
+    budget: int | None  # bytes
+    folder: str | os.PathLike | None
+
+    def __post_init__(self) -> None:
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {self.nonfinite!r}")
+        for name in ("budget", "folder"):
+            if getattr(self, name) is not None and not self.paged:
+                raise ValueError(f"{name}: expected only with paged=True, got {getattr(self, name)!r}")
 
 
 class _Kept:
@@ -36,6 +56,8 @@ class AdamW(torch.optim.Optimizer):
     nothing is changed by that step, a warning names the parameter, ``skipped_steps`` counts. "raise": FloatingPointError names
     it, and nothing is changed. Looking costs one pass over the gradients.
     maximize: up the gradient instead of down.
+    paged: moments may leave memory between two steps. At most ``budget`` bytes of them are resident on a device at a time (None:
+    as many as the system lets); the rest lies in a page file in ``folder`` (TMPDIR if None) on a CPU, in host memory on a GPU.
 
     ``load_state_dict`` takes torch's and bitsandbytes' AdamW as well, to the bits of this optimizer; ``peftk.optim.to_torch`` and
     ``to_bitsandbytes`` turn ``state_dict()`` into theirs. ValueError names an argument out of its range.
@@ -54,14 +76,16 @@ class AdamW(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         nonfinite: str = "keep",
         maximize: bool = False,
+        paged: bool = False,
+        budget: int | None = None,
+        folder: str | os.PathLike | None = None,
     ) -> None:
         if amsgrad:
             raise ValueError("amsgrad: expected False, got True: peftk's AdamW keeps no maximum of past moments")
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite: expected one of {', '.join(NONFINITE)}, got {nonfinite!r}")
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults | dict(bits=bits, min_8bit_size=min_8bit_size, nonfinite=nonfinite))
+        self.options = Options(min_8bit_size, nonfinite, paged, budget, folder)
         self.skipped_steps = 0
+        self._pages = Pages(budget, folder) if paged else None
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, bits=bits))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. ValueError or TypeError names the option or the parameter that doesn't fit."""
@@ -82,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 state[BITS] = bits
                 if STEP in state:
-                    self.state[p] = self._placed(p, group, state)
+                    self.state[p] = self._placed(p, group, state, name)
                 return
         known = param if isinstance(param, str) else f"a tensor of shape {tuple(param.shape)}"
         raise KeyError(f"param: expected a parameter of this optimizer, or its name if it was given names, got {known}")
@@ -94,61 +118,85 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.defaults["nonfinite"] != "keep" and self._is_stopped():
+        if self.options.nonfinite != "keep" and self._is_stopped():
             return loss
-        for group in self.param_groups:
-            for call in stepping.calls(group, self.state, lambda p, group=group: self._start(p, group)):
-                stepping.run(call, _coefficients(group, call.step))
-                call.count_step()
+        work = [
+            (call, _coefficients(group, call.step))
+            for group in self.param_groups
+            for call in stepping.calls(group, self.state, lambda p, group=group: self._start(p, group))
+        ]
+        if self._pages:
+            self._pages.run(work)
+        else:
+            for call, numbers in work:
+                stepping.run(call, numbers)
+        for call, _ in work:
+            call.count_step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; also of torch's and bitsandbytes' AdamW. Moments come to the bits of this optimizer and to the parameter's
         device, and are paged where this is paged; byte for byte where they have these bits. ValueError names what doesn't fit."""
         ours = layouts.from_any(state_dict)
-        own = [{name: group[name] for name in OWN_OPTIONS} for group in self.param_groups]
+        bits = [group["bits"] for group in self.param_groups]
         super().load_state_dict(ours | {"state": {key: _Kept(state) for key, state in ours["state"].items()}})
-        for group, options in zip(self.param_groups, own, strict=True):
-            group.update(options)
+        for group, own in zip(self.param_groups, bits, strict=True):
+            group["bits"] = own
         for group, name, p in self._all():
             if isinstance(kept := self.state.get(p), _Kept):
                 self.state[p] = self._placed(p, group, kept.state, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"options": self.options, "skipped_steps": self.skipped_steps}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("skipped_steps", 0)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        if "options" in state:  # unpickled or copied: what was paged is ordinary memory now
+            self._pages = Pages(self.options.budget, self.options.folder) if self.options.paged else None
+            for group, name, p in self._all() if self._pages else ():
+                if p in self.state:
+                    self.state[p] = self._placed(p, group, self.state[p], name)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return (self._pages or torch).empty(shape, dtype=dtype, device=device)
 
     def _start(self, param: torch.Tensor, group: dict[str, Any]) -> moments.State:
         """The state of a parameter before its first step; what ``override`` has noted stays."""
         state = self.state[param]
-        state.update(moments.fresh(param, _bits(param, group, state), torch.empty))
+        state.update(moments.fresh(param, self._bits(param, group, state), self._empty))
         return state
 
-    def _placed(self, param: torch.Tensor, group: dict[str, Any], state: moments.State, name: str = "param") -> moments.State:
-        """The state in the bits and on the device that it has here."""
-        bits = _bits(param, group, state)
-        for key in moments.names(moments.bits_of(state)) if moments.bits_of(state) else ():
-            if not key.startswith("absmax") and state[key].numel() != param.numel():
+    def _placed(self, param: torch.Tensor, group: dict[str, Any], state: moments.State, name: str) -> moments.State:
+        """A state in the bits, on the device and in the memory that it has here; of its own, not shared with the one given."""
+        if not (had := moments.bits_of(state)):
+            return dict(state)
+        bits = self._bits(param, group, state)
+        for key in moments.names(had)[:2]:
+            if state[key].numel() != param.numel():
                 raise ValueError(f"{name}.{key}: expected shape {tuple(param.shape)}, got {tuple(state[key].shape)}")
         there = {key: value.to(param.device) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-        converted = moments.converted(there, bits) if moments.bits_of(there) else there
-        wide = torch.promote_types(param.dtype, torch.float32)
-        for key in moments.NAMES32 if bits == 32 and STEP in converted else ():
-            converted[key] = converted[key].to(wide)
-        for key in moments.names(bits) if STEP in converted else ():
-            copy = torch.empty(converted[key].shape, dtype=converted[key].dtype, device=param.device)
-            converted[key] = copy.copy_(converted[key])
-        return converted
+        placed = moments.converted(there, bits)
+        for key in moments.names(bits):
+            shape = param.shape if placed[key].numel() == param.numel() else placed[key].shape
+            dtype = torch.promote_types(param.dtype, torch.float32) if bits == 32 else placed[key].dtype
+            placed[key] = self._empty(shape, dtype, param.device).copy_(placed[key].view(shape))
+        return placed
+
+    def _bits(self, param: torch.Tensor, group: dict[str, Any], state: moments.State) -> int:
+        """Of a parameter's moments: as overridden; else those of the group where it is large enough; 32 for fp64."""
+        if param.dtype == torch.float64:
+            return 32
+        return state.get(BITS) or (group["bits"] if param.numel() >= self.options.min_8bit_size else 32)
 
     def _is_stopped(self) -> bool:
         """Whether a gradient that isn't finite forbids this step."""
         for _, name, p in self._all():
             if p.grad is not None and not stepping.is_finite(p.grad):
                 message = f"the gradient of {name} has elements that are not finite"
-                if self.defaults["nonfinite"] == "raise":
+                if self.options.nonfinite == "raise":
                     raise FloatingPointError(message)
                 self.skipped_steps += 1
                 logger.warning("%s: this step changes nothing (%d skipped so far)", message, self.skipped_steps)
@@ -174,16 +222,23 @@ class AdamW8bit(AdamW):
         super().__init__(params, *arguments, **{"bits": 8} | options)
 
 
+class PagedAdamW(AdamW):
+    """AdamW with paged moments."""
+
+    def __init__(self, params: Iterable[Any], *arguments: Any, **options: Any) -> None:
+        super().__init__(params, *arguments, **{"paged": True} | options)
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW with paged moments in 8 bits."""
+
+    def __init__(self, params: Iterable[Any], *arguments: Any, **options: Any) -> None:
+        super().__init__(params, *arguments, **{"paged": True} | options)
+
+
 def _coefficients(group: dict[str, Any], step: int) -> tuple[float, ...]:
     (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
     return coefficients(step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], sign)
-
-
-def _bits(param: torch.Tensor, group: dict[str, Any], state: moments.State) -> int:
-    """Of a parameter's moments: as overridden; else those of the group where it is large enough; 32 for fp64."""
-    if param.dtype == torch.float64:
-        return 32
-    return state.get(BITS) or (group["bits"] if param.numel() >= group["min_8bit_size"] else 32)
 
 
 def _check_bits(name: str, bits: int) -> None:

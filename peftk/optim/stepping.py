@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peftk.ops.adamw_step import unchecked, unchecked8
-from peftk.optim.moments import NAMES8, NAMES32, STEP, State
+from peftk.optim.moments import STEP, State, bits_of, names
 
 
 @dataclass
@@ -22,26 +22,36 @@ class Call:
     grads: list[torch.Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
 
+    def moments(self) -> list[list[torch.Tensor]]:
+        """Lists in the order in which the op takes them."""
+        return [[state[name] for state in self.states] for name in names(self.bits)]
+
     def count_step(self) -> None:
         for state in self.states:
             state[STEP] = self.step
 
 
 def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Callable[[torch.Tensor], State]) -> Iterable[Call]:
-    """Those of a group's parameters that have a gradient. ``start`` makes the state of one that has none. TypeError for a sparse
-    gradient."""
+    """Those of a group's parameters that have a gradient. ``start`` makes the state of one that has none. TypeError for a
+    gradient that is sparse or of another dtype, ValueError where a parameter has changed its size."""
     found: dict[tuple, Call] = {}
     for p in group["params"]:
         grad = p.grad
         if grad is None:
             continue
-        if grad.layout is not torch.strided:
-            raise TypeError(f"grad: expected a dense gradient, got one of layout {grad.layout}")
+        dtype = p.dtype
+        if grad.layout is not torch.strided or grad.dtype is not dtype:
+            raise TypeError(f"grad: expected a dense gradient of {dtype}, got one of {grad.dtype}, {grad.layout}")
         state = states[p]
         if STEP not in state:
             state = start(p)
-        bits, step = 32 if "exp_avg" in state else 8, state[STEP] + 1
-        key = (p.dtype, p.device, bits, step)
+        bits, step, count = bits_of(state), state[STEP] + 1, p.numel()
+        if grad.numel() != count or state[names(bits)[0]].numel() != count:
+            raise ValueError(
+                f"grad: expected a gradient and moments of the parameter's shape {tuple(p.shape)}, got {tuple(grad.shape)} and "
+                f"{tuple(state[names(bits)[0]].shape)}"
+            )
+        key = (dtype, p.device, bits, step)
         call = found.get(key)
         if call is None:
             call = found[key] = Call(bits, step)
@@ -52,17 +62,41 @@ def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Ca
 
 
 def run(call: Call, coefficients: Sequence[float]) -> None:
-    """One call. Tensors that are not contiguous take part as copies."""
-    params = [p if p.is_contiguous() else p.contiguous() for p in call.params]
-    grads = [g if g.is_contiguous() else g.contiguous() for g in call.grads]
-    names, step = (NAMES32, unchecked) if call.bits == 32 else (NAMES8, unchecked8)
-    step(params, grads, *([state[name] for state in call.states] for name in names), coefficients)
-    for original, used in zip(call.params, params, strict=True):
-        if original is not used:
-            original.copy_(used)
+    """One call, at once."""
+    with Contiguous(call) as (params, grads):
+        update(call.bits, params, grads, call.moments(), coefficients)
+
+
+def update(
+    bits: int,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    moments: Sequence[Sequence[torch.Tensor]],
+    coefficients: Sequence[float],
+) -> None:
+    """The op on lists of tensors that fit each other."""
+    step = unchecked if bits == 32 else unchecked8
+    step(params, grads, *moments, coefficients)
+
+
+class Contiguous:
+    """A call's parameters and gradients for a ``with``: what is not contiguous as a copy, and parameters copied back."""
+
+    def __init__(self, call: Call) -> None:
+        self.originals = call.params
+        self.params = [p if p.is_contiguous() else p.contiguous() for p in call.params]
+        self.grads = [g if g.is_contiguous() else g.contiguous() for g in call.grads]
+
+    def __enter__(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self.params, self.grads
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        if error is None:
+            for original, used in zip(self.originals, self.params, strict=True):
+                if original is not used:
+                    original.copy_(used)
 
 
 def is_finite(grad: torch.Tensor) -> bool:
     """Whether every element is."""
-    values = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
-    return not values.numel() or bool(torch.linalg.vector_norm(values, torch.inf).isfinite())
+    return not grad.numel() or bool(torch.linalg.vector_norm(grad, torch.inf).isfinite())

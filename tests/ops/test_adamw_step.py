@@ -13,8 +13,8 @@ from peftk.ops.adamw_step.coefficients import coefficients
 
 HYPER = dict(lr=3e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A vector and its neighbours, blocks and theirs, more than one thread's share, nothing at all.
-COUNTS = [(1,), (15, 16, 17, 0, 33), (255, 256, 257), (3, 700, 5), (4099,)]
+# A vector and its neighbours, nothing at all, blocks and their neighbours; more than one thread's share.
+COUNTS = [(1, 15, 16, 17, 0, 33, 255, 256, 257, 5), (4099,)]
 
 State = dict[str, list[torch.Tensor]]
 

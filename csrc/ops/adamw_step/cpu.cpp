@@ -1,8 +1,7 @@
 // One pass over parameters, gradients and moments: peftk/ops/adamw_step/__init__.py has the formula. Every operation rounds on
 // its own, so that all tiers agree bit for bit. In 8 bits a block's new moments wait in the first-level cache for their absmax.
+#include "cpu/code8.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
-#include "format/dynamic8.h"
 #include "ops/adamw_step/op.h"
 
 namespace peftk::PEFTK_TIER {
@@ -76,47 +75,58 @@ void step_range(T* p, const T* g, float* m, float* v, std::int64_t count, const 
   each([&](auto* here, auto* there) { std::memcpy(there, here, sizeof(*here) * rest); });
 }
 
-// The codes of kBlock new moments, and their absmax from its bits; nothing above the denormals is zeros.
-inline void encode(const float* x, std::uint32_t absmax_bits, const Code8& code, std::uint8_t* codes, float* absmax) {
-  if (absmax_bits < 0x00800000u) {
-    *absmax = 0.0f;
-    std::memset(codes, code.zero, kBlock);
-    return;
+// Where the 8-bit moments of a parameter lie.
+struct Codes {
+  std::uint8_t *state1, *state2;
+  float *absmax1, *absmax2;
+
+  Codes from(std::int64_t i) const { return {state1 + i, state2 + i, absmax1 + i / kBlock, absmax2 + i / kBlock}; }
+};
+
+inline void encode(const Nearest8& nearest, const float* x, U32 most, std::uint8_t* codes, float* absmax) {
+  std::uint32_t bits = reduce_max(most);
+  if (bits < 0x00800000u) bits = 0;  // nothing above the denormals
+  if (bits > 0x7f800000u) bits = 0x7fc00000u;
+  std::memcpy(absmax, &bits, 4);
+  const F32 factor = broadcast(bits ? 1.0f / *absmax : 0.0f);
+  for (int i = 0; i < kBlock; i += kGroup8) {
+    F32 scaled[kGroupVectors8];
+    for (int j = 0; j < kGroupVectors8; j++) scaled[j] = load(x + i + j * kLanes) * factor;
+    encode8(nearest, scaled, codes + i);
   }
-  if (absmax_bits > 0x7f800000u) absmax_bits = 0x7fc00000u;
-  std::memcpy(absmax, &absmax_bits, 4);
-  const F32 reciprocal = broadcast(1.0f / *absmax);
-  for (int i = 0; i < kBlock; i += kLanes) store_bytes(codes + i, rank256(code.threshold, load(x + i) * reciprocal));
 }
 
 template <class T>
-void step_block(T* p, const T* g, std::uint8_t* state1, std::uint8_t* state2, float* absmax1, float* absmax2,
-                const Coefficients& c) {
-  const Code8 &code1 = code8(true), &code2 = code8(false);
-  const F32 scale1 = broadcast(*absmax1), scale2 = broadcast(*absmax2);
+void step_block(T* p, const T* g, const Codes& codes, const Coefficients& c) {
+  const Nearest8 &nearest1 = nearest8(true), &nearest2 = nearest8(false);
+  const F32 scale1 = broadcast(*codes.absmax1), scale2 = broadcast(*codes.absmax2);
   alignas(64) float new_m[kBlock], new_v[kBlock];
   U32 most1 = zero_bits(), most2 = zero_bits();
-  for (int i = 0; i < kBlock; i += kLanes) {
-    F32 m = lookup256(code1.value, state1 + i) * scale1, v = lookup256(code2.value, state2 + i) * scale2;
-    store(p + i, updated(load(p + i), load(g + i), m, v, c));
-    most1 = max_magnitude_bits(most1, m), most2 = max_magnitude_bits(most2, v);
-    store(new_m + i, m), store(new_v + i, v);
+  for (int i = 0; i < kBlock; i += kGroup8) {
+    F32 m[kGroupVectors8], v[kGroupVectors8];
+    decode8(*nearest1.code, codes.state1 + i, m), decode8(*nearest2.code, codes.state2 + i, v);
+    for (int j = 0; j < kGroupVectors8; j++) {
+      const int at = i + j * kLanes;
+      m[j] = m[j] * scale1, v[j] = v[j] * scale2;
+      store(p + at, updated(load(p + at), load(g + at), m[j], v[j], c));
+      most1 = max_magnitude_bits(most1, m[j]), most2 = max_magnitude_bits(most2, v[j]);
+      store(new_m + at, m[j]), store(new_v + at, v[j]);
+    }
   }
-  encode(new_m, reduce_max(most1), code1, state1, absmax1);
-  encode(new_v, reduce_max(most2), code2, state2, absmax2);
+  encode(nearest1, new_m, most1, codes.state1, codes.absmax1);
+  encode(nearest2, new_v, most2, codes.state2, codes.absmax2);
 }
 
 // A short last block is completed with zeros, which change neither its absmax nor the codes of the others.
 template <class T>
-void step_short_block(T* p, const T* g, std::uint8_t* state1, std::uint8_t* state2, float* absmax1, float* absmax2,
-                      std::int64_t count, const Coefficients& c) {
+void step_short_block(T* p, const T* g, const Codes& codes, std::int64_t count, const Coefficients& c) {
   T whole_p[kBlock] = {}, whole_g[kBlock] = {};
   std::uint8_t whole1[kBlock], whole2[kBlock];
   std::memset(whole1, code8(true).zero, kBlock), std::memset(whole2, code8(false).zero, kBlock);
-  const auto each = [&](auto&& copy) { copy(whole_p, p), copy(whole1, state1), copy(whole2, state2); };
+  const auto each = [&](auto&& copy) { copy(whole_p, p), copy(whole1, codes.state1), copy(whole2, codes.state2); };
   std::memcpy(whole_g, g, sizeof(T) * count);
   each([&](auto* here, auto* there) { std::memcpy(here, there, sizeof(*here) * count); });
-  step_block(whole_p, whole_g, whole1, whole2, absmax1, absmax2, c);
+  step_block(whole_p, whole_g, Codes{whole1, whole2, codes.absmax1, codes.absmax2}, c);
   each([&](auto* here, auto* there) { std::memcpy(there, here, sizeof(*here) * count); });
 }
 
@@ -130,13 +140,12 @@ void check(const std::vector<float>& coefficients) {
 void adamw_step(const std::vector<AdamTensor>& tensors, int dtype, const std::vector<float>& coefficients, int threads) {
   check(coefficients);
   for_each_range(tensors, threads, [&](const AdamTensor& tensor, std::int64_t begin, std::int64_t end) {
-    const auto& [param, grad, exp_avg, exp_avg_sq, count] = tensor;
     const Coefficients c(coefficients.data());
-    float *m = exp_avg, *v = exp_avg_sq;
-    const void* gradient = grad;
-    with_type(param, dtype, [&](auto* p) {
-      const auto* g = static_cast<decltype(p)>(const_cast<void*>(gradient));
-      step_range(p + begin, g + begin, m + begin, v + begin, end - begin, c);
+    const void* grad = std::get<1>(tensor);
+    float *m = std::get<2>(tensor) + begin, *v = std::get<3>(tensor) + begin;
+    with_type(std::get<0>(tensor), dtype, [&](auto* p) {
+      const auto* g = static_cast<decltype(p)>(const_cast<void*>(grad));
+      step_range(p + begin, g + begin, m, v, end - begin, c);
     });
   });
 }
@@ -144,17 +153,15 @@ void adamw_step(const std::vector<AdamTensor>& tensors, int dtype, const std::ve
 void adamw_step8(const std::vector<AdamTensor8>& tensors, int dtype, const std::vector<float>& coefficients, int threads) {
   check(coefficients);
   for_each_range(tensors, threads, [&](const AdamTensor8& tensor, std::int64_t begin, std::int64_t end) {
-    const auto [param, gradient, state1, state2, absmax1, absmax2, count] = tensor;
     const Coefficients c(coefficients.data());
-    with_type(param, dtype, [&, g = gradient, s1 = state1, s2 = state2, a1 = absmax1, a2 = absmax2](auto* p) {
-      const auto* grads = static_cast<decltype(p)>(const_cast<void*>(g));
-      for (std::int64_t i = begin; i < end; i += kBlock) {
-        float *scale1 = a1 + i / kBlock, *scale2 = a2 + i / kBlock;
-        if (i + kBlock <= end)
-          step_block(p + i, grads + i, s1 + i, s2 + i, scale1, scale2, c);
-        else
-          step_short_block(p + i, grads + i, s1 + i, s2 + i, scale1, scale2, end - i, c);
-      }
+    const void* grad = std::get<1>(tensor);
+    const Codes codes = Codes{std::get<2>(tensor), std::get<3>(tensor), std::get<4>(tensor), std::get<5>(tensor)}.from(begin);
+    with_type(std::get<0>(tensor), dtype, [&](auto* param) {
+      auto* p = param + begin;
+      const auto* g = static_cast<decltype(p)>(const_cast<void*>(grad)) + begin;
+      std::int64_t i = 0, count = end - begin;
+      for (; i + kBlock <= count; i += kBlock) step_block(p + i, g + i, codes.from(i), c);
+      if (i < count) step_short_block(p + i, g + i, codes.from(i), count - i, c);
     });
   });
 }

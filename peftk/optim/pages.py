@@ -1,0 +1,112 @@
+"""Moments that may leave memory between two steps: allocated by a pager, worked through piece by piece, the next piece fetched
+while this one is updated (Dettmers et al. 2023, QLoRA, section 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from peftk.format.dynamic8 import STATE_BLOCK
+from peftk.optim.stepping import Call, Contiguous, update
+from peftk.paging import Pager
+
+LARGEST_PIECE = 32 << 20  # bytes of moments
+PIECES_IN_BUDGET = 4  # one is updated, one arrives, one leaves; tensors and pieces share pages at their ends
+
+
+@dataclass
+class Piece:
+    """Parameters, or a slice of one, that are updated while their moments are resident. All tensors are flat."""
+
+    bits: int
+    coefficients: Sequence[float]
+    params: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    moments: list[list[torch.Tensor]] = field(default_factory=list)
+
+    def add(self, param: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor]) -> None:
+        self.params.append(param)
+        self.grads.append(grad)
+        self.moments = self.moments or [[] for _ in moments]
+        for tensors, tensor in zip(self.moments, moments, strict=True):
+            tensors.append(tensor)
+
+    def resident(self) -> list[torch.Tensor]:
+        """What has to be resident, list after list."""
+        return [tensor for tensors in self.moments for tensor in tensors]
+
+
+class Pages:
+    """The pagers of an optimizer, one a device. ``budget``: bytes of moments that may be resident on each; ``folder``: of the
+    page file (CPU only)."""
+
+    def __init__(self, budget: int | None, folder: str | os.PathLike | None) -> None:
+        self.budget, self.folder = budget, folder
+        self._pagers: dict[torch.device, Pager] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As torch.empty, zeroed."""
+        if device not in self._pagers:
+            self._pagers[device] = Pager(device, budget=self.budget, folder=self.folder)
+        return self._pagers[device].empty(tuple(shape), dtype)
+
+    def run(self, work: Sequence[tuple[Call, Sequence[float]]]) -> None:
+        """All calls of a step with their coefficients."""
+        by_device: dict[torch.device, list[tuple[Call, Sequence[float]]]] = {}
+        for call, coefficients in work:
+            by_device.setdefault(call.params[0].device, []).append((call, coefficients))
+        for device, calls in by_device.items():
+            self._run(self._pagers[device], calls)
+
+    def _run(self, pager: Pager, work: Sequence[tuple[Call, Sequence[float]]]) -> None:
+        with contextlib.ExitStack() as copies:
+            made = [
+                piece for call, c in work for piece in _pieces(call, c, copies.enter_context(Contiguous(call)), self._limit())
+            ]
+            for piece, following in zip(made, [*made[1:], made[0]], strict=True):
+                upcoming = following.resident() if following is not piece else []
+                with pager.resident(piece.resident(), upcoming=upcoming) as tensors:
+                    update(piece.bits, piece.params, piece.grads, _split(tensors, len(piece.moments)), piece.coefficients)
+
+    def _limit(self) -> int:
+        """Bytes of moments in a piece."""
+        return LARGEST_PIECE if self.budget is None else min(LARGEST_PIECE, self.budget // PIECES_IN_BUDGET)
+
+
+def _pieces(call: Call, coefficients: Sequence[float], tensors: tuple, limit: int) -> Iterator[Piece]:
+    """A call's parameters in order, several to a piece or sliced between blocks, ``limit`` bytes of moments each."""
+    piece, room = Piece(call.bits, coefficients), limit
+    for param, grad, *moments in zip(*tensors, *call.moments(), strict=True):
+        size = sum(moment.nbytes for moment in moments) / max(param.numel(), 1)  # bytes of an element's moments
+        start = 0
+        while start < param.numel():
+            fits = int(room / size) // STATE_BLOCK * STATE_BLOCK
+            if not fits and piece.params:
+                yield piece
+                piece, room = Piece(call.bits, coefficients), limit
+                continue
+            stop = min(start + max(fits, STATE_BLOCK), param.numel())
+            piece.add(*(_slice(t, start, stop, param.numel()) for t in (param, grad)), [
+                _slice(moment, start, stop, param.numel()) for moment in moments
+            ])  # fmt: skip
+            room -= (stop - start) * size
+            start = stop
+    if piece.params:
+        yield piece
+
+
+def _slice(tensor: torch.Tensor, start: int, stop: int, count: int) -> torch.Tensor:
+    """Elements start … stop of a parameter of ``count``, flat; of a tensor with one value a block those of their blocks."""
+    if tensor.numel() == count:
+        return tensor.view(-1)[start:stop]
+    return tensor[start // STATE_BLOCK : -(-stop // STATE_BLOCK)]
+
+
+def _split(tensors: Sequence[torch.Tensor], parts: int) -> list[Sequence[torch.Tensor]]:
+    """One list as ``parts`` of the same length."""
+    length = len(tensors) // parts
+    return [tensors[i * length : (i + 1) * length] for i in range(parts)]
