@@ -43,7 +43,7 @@ def test_too_few_mantissa_bits_are_told():
         Buckets(True, -22, 18, 1024).words()
 
 
-def step_through(door: str, bits: int, state: State) -> State:
+def step_through(door: str, bits: int, state: State, **hyper: float) -> State:
     """A step by that door, held against the reference."""
     base = door.partition("-")[0]
     if reason := doors.why_not(door):
@@ -51,15 +51,27 @@ def step_through(door: str, bits: int, state: State) -> State:
     expected = cloned(state)
     step, _ = STEPS[bits]
     with gpu.through(base, doors.door(door)), peftk.use(base):
-        step(**state, step=3, **HYPER)
+        step(**state, step=3, **HYPER | hyper)
     with peftk.use("reference"):
-        step(**expected, step=3, **HYPER)
+        step(**expected, step=3, **HYPER | hyper)
     assert_same(state, expected)
     return state
 
 
 def made(bits: int, counts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> State:
     return parameters(counts, dtype) | STEPS[bits][1](counts)
+
+
+@pytest.mark.parametrize("door", ["cuda-host", "cuda-ptx", "triton-ptx"])
+def test_ties_go_to_the_lower_code(door):
+    """Without momentum m is the gradient: the thresholds of the signed code, and the numbers next to them, below and above 0."""
+    t = thresholds8(True)
+    grads = torch.stack([torch.nextafter(t, to) for to in (t, torch.full_like(t, 2.0), torch.full_like(t, -2.0))])
+    grads = torch.cat([torch.ones(3, 1), grads], dim=1)
+    state = {"params": [torch.ones(3, 256)], "grads": [grads]} | state8((768,), used=False)
+    state |= {name: [state[name][0].view(3, 256)] for name in ("state1", "state2")}
+    step_through(door, 8, state, beta1=0.0)
+    assert state["state1"][0][:2, 1:].tolist() == [list(range(255)), list(range(1, 256))]
 
 
 @BITS
