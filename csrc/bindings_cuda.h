@@ -1,6 +1,7 @@
 // The ops that have CUDA kernels: one line each, here alone. Python calls them through peftk/ops/gpu.py.
 #pragma once
 #include "bindings_wire.h"
+#include "ops/adamw_step/op.h"
 #include "ops/blockwise8_dequantize/op.h"
 #include "ops/blockwise8_quantize/op.h"
 #include "ops/nf4_dequantize/op.h"
@@ -14,6 +15,8 @@ namespace peftk {
 #define PEFTK_CUDA_OP(op) expose(m, "cuda_" #op, ::peftk::cuda::op, [] { return &::peftk::cuda::op; })
 
 inline void expose_cuda_ops(py::module_& m) {
+  PEFTK_CUDA_OP(adamw_step);
+  PEFTK_CUDA_OP(adamw_step8);
   PEFTK_CUDA_OP(blockwise8_dequantize);
   PEFTK_CUDA_OP(blockwise8_quantize);
   PEFTK_CUDA_OP(nf4_dequantize);

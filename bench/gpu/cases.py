@@ -19,10 +19,11 @@ from bench.gpu.device import Device
 from bench.gpu.measure import Forced, GpuCase
 from bench.linear import NAMES, RANK, Layer, Step
 from bench.measure import Candidate, Work, relative_error
+from bench.ops import bench_adamw_step as adamw
 from bench.ops.bench_nf4_dequantize import decode_fp64
-from peftk.format.dynamic8 import values8
+from peftk.format.dynamic8 import STATE_BLOCK, values8, zero_code8
 from peftk.native import why_not_native
-from peftk.ops import blockwise8_dequantize, blockwise8_quantize, gpu, nf4_quantize
+from peftk.ops import adamw_step, adamw_step8, blockwise8_dequantize, blockwise8_quantize, gpu, nf4_quantize
 
 SHAPES = ((4096, 4096), (8192, 8192), (11008, 4096))  # n, k
 SMALL, CALLS = (256, 256), 20  # a call that is over before Python has queued the next; calls on end
@@ -231,7 +232,64 @@ def nf4_lora_linear_cases(device: Device, shapes: Shapes = LAYER) -> Iterator[Gp
             yield from protocols(device, name, step.work(layer.w4.nbytes), False, candidates)
 
 
+# ---- optimizers -------------------------------------------------------------------------------------------------------------
+
+
+def adamw_step_cases(device: Device, shapes: Shapes = ((16384, 4096),)) -> Iterator[GpuCase]:
+    """A step with moments in fp32 and in 8 bits, of large fp32 and bf16 parameters and of the small ones of a LoRA. The peers'
+    time is that of ``optimizer.step()``."""
+    for dtype, bits in itertools.product((torch.float32, torch.bfloat16), (32, 8)):
+        name = f"{'x'.join(map(str, shapes[0]))} {NAMES[dtype]}, moments in {bits} bits, from memory"
+        yield adamw_step_case(device, name, shapes, dtype, bits)
+    for bits in (32, 8):
+        name = f"{len(adamw.LORA)} tensors of a LoRA, moments in {bits} bits, {CALLS} calls on end"
+        yield adamw_step_case(device, name, adamw.LORA, torch.float32, bits, CALLS)
+
+
+def adamw_step_case(
+    device: Device, name: str, shapes: Shapes, dtype: torch.dtype, bits: int, calls: int = 1
+) -> GpuCase:  # fmt: skip
+    """Ours beside torch's fused step, whose moments are in the parameters' dtype, and bitsandbytes' of the same bits."""
+    count, width = sum(rows * columns for rows, columns in shapes), dtype.itemsize
+    work, dense = (Work((2 * width + state) * count, (width + state) * count) for state in (bits // 4, 2 * width))
+
+    def parameters() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.randn(shape).to(device.place, dtype)) for shape in shapes]
+        for parameter in made:
+            parameter.grad = torch.randn_like(parameter)
+        return made
+
+    def bitsandbytes() -> peers.Run:
+        from bitsandbytes import optim
+
+        return (optim.AdamW32bit if bits == 32 else optim.AdamW8bit)(parameters(), **adamw.OPTIONS).step
+
+    mine = [(implementation, why_not(["adamw_step"], implementation)) for implementation in device.implementations]
+    candidates = [
+        *(
+            Forced(f"peftk {who}", None if why else kernel_step(parameters(), bits), note=why, implementation=who)
+            for who, why in mine
+        ),
+        peers.candidate("bitsandbytes", [peers.BITSANDBYTES], bitsandbytes),
+        Candidate(adamw.TORCH, torch.optim.AdamW(parameters(), fused=True, **adamw.OPTIONS).step, work=dense),
+    ]
+    return GpuCase(name, work, candidates, ours=len(mine), calls=calls)
+
+
+def kernel_step(params: list[torch.nn.Parameter], bits: int) -> peers.Run:
+    """The op on states that lie ready."""
+    hyper = dict(step=10, lr=1e-5, weight_decay=0.01)
+    grads = [p.grad for p in params]
+    if bits == 32:
+        moments = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
+        return lambda: adamw_step(params, grads, *moments, **hyper)
+    codes = [[torch.full_like(p, zero_code8(signed), dtype=torch.uint8) for p in params] for signed in (True, False)]
+    absmax = [[torch.zeros(-(-p.numel() // STATE_BLOCK), device=p.device) for p in params] for _ in range(2)]
+    return lambda: adamw_step8(params, grads, *codes, *absmax, **hyper)
+
+
 CASES: dict[str, Callable[..., Iterator[GpuCase]]] = {
+    "adamw_step": adamw_step_cases,
     "blockwise8_dequantize": blockwise8_dequantize_cases,
     "blockwise8_quantize": blockwise8_quantize_cases,
     "nf4_dequantize": nf4_dequantize_cases,

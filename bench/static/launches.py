@@ -16,6 +16,8 @@ import peftk
 from bench.static import triton_aot
 from peftk.format.dynamic8 import NESTED_BLOCK
 from peftk.ops import (
+    adamw_step,
+    adamw_step8,
     blockwise8_dequantize,
     blockwise8_quantize,
     gpu,
@@ -58,12 +60,14 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel as Triton specialises it, by parameter: ``dequantize<u8, fp32, i32/16, 1024>``. Constants by value; /16 is
-        an integer known to be divisible, /1 a pointer that isn't on 16 bytes."""
+        an integer known to be divisible, /1 a pointer that isn't on 16 bytes; (4 x fp32) a tuple of four alike."""
         signature, constants, attributes, _ = triton_aot.specialisation(self.kernel, 80, self.arguments, self.options)
 
         def part(kind: Any, place: tuple[int, ...]) -> str:
             if isinstance(kind, tuple):
-                return f"({', '.join(part(one, (*place, number)) for number, one in enumerate(kind))})"
+                inside = [part(one, (*place, number)) for number, one in enumerate(kind)]
+                same = len(inside) > 3 and len(set(inside)) == 1
+                return f"({len(inside)} x {inside[0]})" if same else f"({', '.join(inside)})"
             aligned, pointer = bool(attributes.get(place)), kind.startswith("*")
             suffix = "" if aligned == pointer else "/1" if pointer else "/16"
             return str(constants[place]) if kind == "constexpr" else kind.removeprefix("*") + suffix
@@ -227,6 +231,20 @@ def _dropout() -> Iterator[Call]:
     yield partial(philox_dropout, torch.zeros(COUNTS[0] + 1, dtype=torch.bfloat16)[1:], 0.1, 1)
 
 
+def _adamw() -> Iterator[Call]:
+    """Of one tensor, and of a group; with moments in 32 and in 8 bits."""
+    for dtype in DTYPES:
+        yield partial(_adamw_with, [torch.zeros(COUNTS[0], dtype=dtype)])
+    yield partial(_adamw_with, [torch.zeros(COUNTS[0], dtype=torch.bfloat16)] * 2)
+
+
+def _adamw_with(tensors: list[torch.Tensor]) -> None:
+    moments = [torch.zeros(t.shape) for t in tensors]
+    codes, absmax = [torch.zeros(t.shape, dtype=torch.uint8) for t in tensors], [torch.zeros(t.numel() // 256) for t in tensors]
+    adamw_step(tensors, tensors, moments, moments, step=1, lr=1e-3)
+    adamw_step8(tensors, tensors, codes, codes, absmax, absmax, step=1, lr=1e-3)
+
+
 def _thin() -> Iterator[Call]:
     """The products beside W: with and without dropout, of few rows and of many, by whatever picks another kernel."""
     fp32, bf16, fp16 = DTYPES
@@ -251,6 +269,7 @@ def _thin_with(dtype: torch.dtype, m: int, c: int, r: int, dropout: float) -> No
 
 
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {
+    "adamw_step": _adamw,
     "nf4_quantize": _quantize4,
     "nf4_dequantize": _dequantize4,
     "nf4_linear": _linear4,

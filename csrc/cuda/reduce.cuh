@@ -25,4 +25,13 @@ __device__ __forceinline__ std::uint32_t group_max(std::uint32_t value, int log_
   return value;
 }
 
+// Over a whole warp, in all lanes: one instruction since sm_80.
+__device__ __forceinline__ std::uint32_t warp_max(std::uint32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return group_max(value, 5, nullptr);
+#else
+  return __reduce_max_sync(kWholeWarp, value);
+#endif
+}
+
 }  // namespace peftk::cuda

@@ -18,6 +18,31 @@ KEY_STEP_0, KEY_STEP_1 = map(tl.constexpr, reference.KEY_STEPS)
 
 
 @triton.jit
+def pick(choices, which):
+    """choices[which] of a tuple of pointers or numbers; None where all of them are."""
+    chosen = choices[0]
+    if chosen is not None:
+        for i in tl.static_range(1, len(choices)):
+            chosen = tl.where(which == i, choices[i], chosen)
+    return chosen
+
+
+@triton.jit
+def locate(number, firsts):
+    """The part that ``number`` falls into and its place there; ``firsts``: where the parts begin, the first at 0."""
+    which = 0
+    for i in tl.static_range(1, len(firsts)):
+        which += (number >= firsts[i]).to(tl.int32)
+    return which, number - pick(firsts, which)
+
+
+@triton.jit
+def unsealed(number):
+    """What ``sealed`` made of a number, int64."""
+    return (number - (1 << 34)) >> 1
+
+
+@triton.jit
 def row_absmax(x):
     """x (rows, columns) fp32 -> (rows,) max |x|. As integers, where NaN > Inf > every number: fp32's maximum drops a NaN."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -84,6 +109,12 @@ def keeps_tile(row, first, c, drop_below, seed, COLUMNS: tl.constexpr, FOURS: tl
     if FOURS:
         return keeps_fours(row[:, None] * (c // 4) + (first // 4 + tl.arange(0, COLUMNS // 4))[None, :], drop_below, seed)
     return keeps(row[:, None] * c + (first + tl.arange(0, COLUMNS))[None, :], drop_below, seed)
+
+
+def sealed(number: int) -> int:
+    """A number below 2^61 as one that is always an int64, odd and not 1: inside a tuple, where do_not_specialize doesn't reach,
+    what Triton compiles would depend on it."""
+    return (1 << 34) + 2 * number + 1
 
 
 def in_heap_order(thresholds: Sequence[float]) -> list[float]:

@@ -58,9 +58,16 @@ def moments(state: State) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def skip_what_compiles_alike(implementation: str, counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A group of each dtype is another Triton kernel, which takes seconds to compile."""
+    if implementation == "triton-ptx" and len(counts) > 1 and dtype != torch.bfloat16:
+        pytest.skip("Triton's groups are emulated in bf16; other dtypes as single tensors")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_equals_the_reference(implementation, counts, dtype):
+    skip_what_compiles_alike(implementation, counts, dtype)
     state = parameters(counts, dtype) | state32(counts)
     expected = cloned(state)
     for step in (1, 7):
@@ -73,6 +80,7 @@ def test_equals_the_reference(implementation, counts, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_8_bits_equal_the_reference(implementation, counts, dtype):
+    skip_what_compiles_alike(implementation, counts, dtype)
     state = parameters(counts, dtype) | state8(counts)
     expected = cloned(state)
     for step in (1, 7):

@@ -33,4 +33,17 @@ PEFTK_EVERY_TIER(void adamw_step(const std::vector<AdamTensor>& tensors,  //
                                   const std::vector<float>& coefficients,   // (kAdamCoefficients,)
                                   int threads);)
 
+namespace cuda {
+// For the device of `stream`, without waiting for it.
+void adamw_step(const std::vector<AdamTensor>& tensors,    //
+                int dtype,                                 // of params and grads: DType
+                const std::vector<float>& coefficients,    // (kAdamCoefficients,)
+                void* stream);                             // cudaStream_t
+void adamw_step8(const std::vector<AdamTensor8>& tensors,  //
+                 int dtype,                                // of params and grads: DType
+                 const std::vector<float>& coefficients,   // (kAdamCoefficients,)
+                 const std::int32_t* tables,               // (6656,): CodeTables of csrc/cuda/code_buckets.cuh
+                 void* stream);                            // cudaStream_t
+}  // namespace cuda
+
 }  // namespace peftk

@@ -27,14 +27,21 @@ import torch
 from torch.autograd.graph import increment_version
 
 from peftk.format.dynamic8 import STATE_BLOCK
-from peftk.ops import dispatch, library
-from peftk.ops.adamw_step import cpu, reference
+from peftk.ops import dispatch, gpu, library
+from peftk.ops.adamw_step import cpu, cuda, reference
 from peftk.ops.adamw_step.coefficients import coefficients
 
 Tensors = Sequence[torch.Tensor]
 
-TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
-TABLE8 = (cpu.IMPLEMENTATION8, reference.IMPLEMENTATION8)
+
+def _against_triton(params: Tensors, *_: object) -> list[str]:
+    return gpu.triton().reasons_against(params[0]) + dispatch.reasons_against_dtype("params", params[0].dtype)
+
+
+TRITON = gpu.triton_implementation("adamw_step", _against_triton)
+TRITON8 = gpu.triton_implementation("adamw_step", _against_triton, "run8")
+TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, TRITON, reference.IMPLEMENTATION)
+TABLE8 = (cpu.IMPLEMENTATION8, cuda.IMPLEMENTATION8, TRITON8, reference.IMPLEMENTATION8)
 
 
 def adamw_step(

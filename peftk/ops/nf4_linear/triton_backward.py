@@ -17,18 +17,11 @@ from peftk.ops.nf4_linear.triton_weight import (
     add_product,
     low_rank,
     offset_of,
-    pick,
     table_of_8,
     tile_by_elements,
     tile_in_words,
 )
-from peftk.ops.triton_words import keeps_tile
-
-
-@triton.jit
-def unsealed(word):
-    """32 bits that triton_kernel.py sealed."""
-    return ((word >> 1) & 0xFFFFFFFF).to(tl.uint64)
+from peftk.ops.triton_words import keeps_tile, pick, unsealed
 
 
 @triton.jit(do_not_specialize=["m", "rounds", "split"])
@@ -44,7 +37,7 @@ def nf4_linear_backward(
     r,  # 0 without a low-rank branch
     drop_below,  # p * 2^32 of the dropout
     keep_scale,  # 1 / (1 - p)
-    seed_low,  # 32 bits, as seed_high: see unsealed
+    seed_low,  # 32 bits, as seed_high: sealed
     seed_high,
     n,  # rows of W
     block_bits,  # log2 of a block's elements

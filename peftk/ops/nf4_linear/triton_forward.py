@@ -16,14 +16,13 @@ import triton.language as tl
 from peftk.ops.nf4_linear.triton_weight import (
     PIECE,
     add_product,
-    locate,
     low_rank,
     offset_of,
-    pick,
     table_of_8,
     tile_by_elements,
     tile_in_words,
 )
+from peftk.ops.triton_words import locate, pick
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -19,7 +19,7 @@ from peftk.ops.nf4_linear import on_gpu, triton_decode
 from peftk.ops.nf4_linear.triton_backward import nf4_linear_backward
 from peftk.ops.nf4_linear.triton_forward import nf4_linear_forward
 from peftk.ops.nf4_linear.triton_sums import add_runs
-from peftk.ops.triton_words import EXACT
+from peftk.ops.triton_words import EXACT, sealed
 
 MMA_SINCE = (8, 0)  # compute capability; AMD's gfx numbers are all larger
 One = TypeVar("One")
@@ -148,11 +148,6 @@ def rank(thin: torch.Tensor | None) -> int:
 
 def block_bits(weights: list[Weight]) -> tuple[int, ...]:
     return tuple(weight.block_size.bit_length() - 1 for weight in weights)
-
-
-def sealed(word: int) -> int:
-    """32 bits as a number that is always an int64, odd and not 1: what Triton compiles doesn't depend on a seed."""
-    return (1 << 34) + 2 * word + 1
 
 
 def constants(weights: list[Weight]) -> Iterator[tuple]:

@@ -21,16 +21,6 @@ NESTED_BLOCK = tl.constexpr(dynamic8.NESTED_BLOCK)
 
 
 @triton.jit
-def pick(choices, which):
-    """choices[which] of a tuple of pointers or numbers; None where all of them are."""
-    chosen = choices[0]
-    if chosen is not None:
-        for i in tl.static_range(1, len(choices)):
-            chosen = tl.where(which == i, choices[i], chosen)
-    return chosen
-
-
-@triton.jit
 def table_of_8(values8):
     """The 256 values of double quantised constants; None where there are none."""
     table = None
@@ -46,15 +36,6 @@ def offset_of(absmax_offset):
     if absmax_offset is not None:
         offset = tl.load(absmax_offset)
     return offset
-
-
-@triton.jit
-def locate(number, firsts):
-    """The part that ``number`` falls into and its place there; ``firsts``: where the parts begin, the first at 0."""
-    which = 0
-    for i in tl.static_range(1, len(firsts)):
-        which += (number >= firsts[i]).to(tl.int32)
-    return which, number - pick(firsts, which)
 
 
 @triton.jit

@@ -51,6 +51,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return cuda_host::exchange(mask, "shfl.xor", value, (static_cast<int>(threadIdx.x) & 31) ^ lanes);
 }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate); }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  unsigned most = value;
+  for (int lane = 0; lane < 32; lane++)
+    if (const unsigned other = cuda_host::exchange(mask, "redux.max", value, lane); mask >> lane & 1 && other > most) most = other;
+  return most;
+}
 inline bool __any_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate) != 0; }
 inline bool __all_sync(unsigned mask, bool predicate) { return cuda_host::ballot(mask, predicate) == mask; }
 
@@ -105,6 +111,7 @@ inline std::uint32_t __float_as_uint(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
+inline std::int32_t __float_as_int(float x) { return static_cast<std::int32_t>(__float_as_uint(x)); }
 inline float __uint_as_float(std::uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
@@ -114,6 +121,8 @@ inline float canonical(float x) { return x == x ? x : __uint_as_float(0x7fffffff
 inline float __fmul_rn(float a, float b) { return canonical(a * b); }
 inline float __fadd_rn(float a, float b) { return canonical(a + b); }
 inline float __fsub_rn(float a, float b) { return canonical(a - b); }
+inline float __fdiv_rn(float a, float b) { return canonical(a / b); }
+inline float __fsqrt_rn(float a) { return canonical(std::sqrt(a)); }
 inline float __frcp_rn(float a) { return canonical(1.0f / a); }
 inline float __fmaf_rn(float a, float b, float c) { return canonical(std::fmaf(a, b, c)); }
 inline float __fmaf_rd(float a, float b, float c) {
@@ -130,6 +139,11 @@ inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uin
   std::uint32_t result = 0;
   for (int i = 0; i < 4; i++) result |= static_cast<std::uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
+}
+
+// The upper half of high:low shifted left.
+inline std::uint32_t __funnelshift_l(std::uint32_t low, std::uint32_t high, std::uint32_t bits) {
+  return static_cast<std::uint32_t>((static_cast<std::uint64_t>(high) << 32 | low) << (bits & 31) >> 32);
 }
 
 // c + the dot product of four bytes and four.
