@@ -18,7 +18,7 @@ DECODERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads":
 
 
 def word_tokenizer(padding: bool = False):
-    """A word a token, [CLS] in front and [SEP] behind; ``padding``: with the settings that sentence-transformers leaves in a file."""
+    """A word a token, [CLS] in front and [SEP] behind; ``padding``: as sentence-transformers leaves it in a file."""
     import tokenizers
     import transformers
 
@@ -33,7 +33,8 @@ def word_tokenizer(padding: bool = False):
         backend.enable_padding(length=20)
         backend.enable_truncation(20)
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **named)
 
 
 def bert_folder(folder: Path) -> Path:

@@ -25,9 +25,11 @@ from peftk.cli.jsonl import read_records, text_of, texts_of
 from peftk.cli.loss import IGNORED
 from peftk.cli.metrics import accuracy, macro_f1, micro_f1
 from peftk.cli.training import on_device
+from peftk.methods.prompts import parameters_of
 
 logger = logging.getLogger("peftk.cli")
 OUTSIDE = "O"  # the tag of words that are nothing
+_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def encode(
     for part in split_records(records, eval_fraction, seed):
         encoded = [one(record, tokenizer, numbers, length) for record in part]
         cut += sum(was_cut for _, was_cut in encoded)
-        parts.append(Examples([row for row, _ in encoded], partial(padded, pad=pad)))
+        parts.append(Examples([_taken(row, model) for row, _ in encoded], partial(padded, pad=pad)))
     if cut:
         logger.warning("%d of %d records are longer than --seq-len %d and were cut", cut, len(records), length)
     check_targets(*parts, length, eval_fraction)
@@ -197,7 +199,12 @@ def answer_words(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace
 
 
 def _one(row: Row, model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([values], device=model.device) for name, values in row.items()}
+    return {name: torch.tensor([values], device=model.device) for name, values in _taken(row, model).items()}
+
+
+def _taken(row: Row, model: nn.Module) -> Row:
+    """Without the types, which some tokenizers make for models that know none."""
+    return row if _TYPES in parameters_of(model) else {name: values for name, values in row.items() if name != _TYPES}
 
 
 def _longest(model: nn.Module) -> int:
