@@ -213,11 +213,10 @@ def _measured(
     if not len(held_out):
         return row
     mean = evaluate(loss, held_out, plan.batch_size, device)
-    training, random = loss.model.training, torch.get_rng_state()
+    training = loss.model.training
     loss.model.eval()
     metrics = measure()
     loss.model.train(training)
-    torch.set_rng_state(random)
     return replace(row, eval_loss=mean, metrics=metrics)
 
 
