@@ -185,7 +185,7 @@ def _settings(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.d
 
 def _config(arguments: argparse.Namespace, task: Task, opened: Opened, labels: list[str] | None) -> Any:
     """The adapter's config. UserError where the longest sequence leaves it no room."""
-    setting = adapters.Setting(task.task_type, arguments.model, opened.tokenizer, labels, list(opened.new) or None)
+    setting = adapters.Setting(task.task_type, arguments.model, opened.model, opened.tokenizer, labels, list(opened.new) or None)
     config = adapters.make_config(arguments, setting)
     longest, added = max_positions(opened.model), adapters.positions_taken(config)
     if longest is not None and arguments.seq_len + added > longest:

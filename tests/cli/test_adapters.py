@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
+import tiny_models as tiny
 
 import peftk
 from peftk.cli import adapters
@@ -29,7 +30,7 @@ def parsed(method: str, *flags: str) -> argparse.Namespace:
 
 
 def config(method: str, *flags: str, labels=None, task="SEQ_CLS", tokenizer=None):
-    return make_config(parsed(method, *flags), Setting(task, "base", tokenizer, labels, None))
+    return make_config(parsed(method, *flags), Setting(task, "base", tiny.gpt2(), tokenizer, labels, None))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,10 +53,14 @@ def test_a_flag_of_another_method_is_refused_with_both_names(method):
 def test_flags_reach_the_config(tokenizer):
     lora = config("lora", "--r", 3, "--alpha", 5, "--dropout", 0.1, "--target-modules", "q", "v")
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (3, 5, 0.1, ["q", "v"])
-    prefix = config("prefix", "--num-virtual-tokens", 7, "--prefix-projection", "--encoder-hidden-size", 9, "--dropout", 0.2)
+    prefix = config(
+        "prefix", *"--num-virtual-tokens 7 --prefix-projection --encoder-hidden-size 9 --dropout 0.2".split(), tokenizer=tokenizer
+    )
     assert (prefix.num_virtual_tokens, prefix.prefix_projection, prefix.encoder_hidden_size) == (7, True, 9)
     assert prefix.prefix_dropout == 0.2
-    assert config("prefix", "--init-text", "the man", tokenizer=tokenizer).init_text == "the man"
+    assert len(prefix.init_token_ids) == 7 and all(0 <= token < 61 for token in prefix.init_token_ids)
+    assert config("ptuning-v2", "--init", "random", tokenizer=tokenizer).init_token_ids is None
+    assert config("prefix", "--init", "text", "--init-text", "the man", tokenizer=tokenizer).init_text == "the man"
     prompt = config("prompt", "--init", "labels", labels=["a", "b"], tokenizer=tokenizer)
     assert (prompt.prompt_tuning_init, prompt.class_labels) == ("CLASS_LABELS", ["a", "b"])
     text = config("prompt", "--init", "text", "--init-text", "the man", tokenizer=tokenizer)
@@ -78,6 +83,7 @@ def test_bases(tokenizer):
     [
         (["prompt", "--init", "text"], "--init text and --init-text go together"),
         (["prompt", "--init-text", "x"], "--init text and --init-text go together"),
+        (["prefix", "--init", "labels"], "--init labels: starts --method prompt, not prefix"),
         (["prompt", "--init", "labels"], "--init labels: --task has no labels"),
         (["prefix", "--encoder-hidden-size", "4"], "--encoder-hidden-size: of the MLP that --prefix-projection brings"),
         (["ptuning", "--encoder", "none", "--encoder-hidden-size", "4"], "--encoder-hidden-size: --encoder none has no layer"),
