@@ -166,7 +166,7 @@ METHODS = {
     "lora": Method("low-rank updates of the linear layers", ("dense", "nf4"), 5e-4, _LOW_RANK, _lora),
     "prefix": Method("trained keys and values in every layer", BASES, 1e-2, _PREFIX, _prefix),
     "prompt": Method("trained vectors in front of the input", BASES, 3e-2, _PROMPT, _prompt),
-    "ptuning": Method("trained vectors among the input, made by an encoder", BASES, 1e-3, _P_TUNING, _p_tuning),
+    "ptuning": Method("trained vectors among the input, made by an encoder", BASES, 5e-3, _P_TUNING, _p_tuning),
     "ptuning-v2": Method("a prefix in every layer and a task's own head", BASES, 1e-2, _PREFIX, _p_tuning_v2),
 }
 
