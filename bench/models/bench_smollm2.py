@@ -128,7 +128,7 @@ def quantised() -> nn.Module:
     from peftk.cli.models import open_model
     from peftk.cli.prepare import prepare_base
 
-    return prepare_base(open_model("smollm2")[0], "qlora", torch.bfloat16, torch.device("cpu"))
+    return prepare_base(open_model("smollm2")[0], "nf4", torch.bfloat16, torch.device("cpu"))
 
 
 def ours() -> nn.Module:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftk.cli.errors import UserError
+from peftk.cli.jsonl import read_records, read_text
 from peftk.cli.loss import IGNORED
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
@@ -42,18 +43,6 @@ def read_documents(paths: Sequence[Path], tokenizer: Any) -> list[Document]:
     return documents
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"--data {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start}: {error.reason})") from error
-    if not text.strip():
-        raise UserError(f"--data {path}: the file is empty")
-    return text
-
-
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
@@ -65,22 +54,13 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _text(path: Path, tokenizer: Any) -> Document:
-    ids = [*_start(tokenizer), *_encode(tokenizer, _read(path)), tokenizer.eos_token_id]
+    ids = [*_start(tokenizer), *_encode(tokenizer, read_text(path)), tokenizer.eos_token_id]
     return Document(ids, list(ids), is_record=False)
 
 
 def _records(path: Path, tokenizer: Any) -> list[Document]:
     documents = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"--data {path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected an object with {RECORD_KINDS}, got {type(record).__name__}")
+    for where, record in read_records(path, RECORD_KINDS):
         if "messages" in record:
             documents.append(_conversation(record["messages"], tokenizer, where))
         elif "prompt" in record or "completion" in record:

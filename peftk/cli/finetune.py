@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 import peftk
-from peftk.cli import flags, output, resume
-from peftk.cli.data import read_documents
+from peftk.cli import adapters, flags, output, resume
 from peftk.cli.errors import UserError
-from peftk.cli.loss import LanguageModelLoss
 from peftk.cli.memory import keep_freed_memory, peak_bytes, readable
-from peftk.cli.models import DTYPES, MODEL_HELP, open_model, resolve_device, resolve_dtype
-from peftk.cli.packing import Sequences, split_and_pack
-from peftk.cli.prepare import METHODS, prepare_base
-from peftk.cli.training import SCHEDULES, Plan, Progress, train
+from peftk.cli.models import DTYPES, MODEL_HELP, Opened, open_for, resolve_device, resolve_dtype
+from peftk.cli.prepare import kept_dense, prepare_base
+from peftk.cli.tasks import TASKS, Task
+from peftk.cli.training import SCHEDULES, Data, Plan, Progress, train
+from peftk.methods.prompts import max_positions
 
-SUMMARY = "train an adapter on a text"
+SUMMARY = "train an adapter on a text, on pairs or on labels"
 DESCRIPTION = (
-    "Trains a LoRA adapter on plain text, on prompts with completions, or on conversations. By default the model's linear"
-    " layers are held in 4 bits (QLoRA). DIR gets the adapter in HF peft's format, loss.csv and loss.png."
+    "Trains an adapter or a prompt on texts and conversations, on pairs of a text or a recording with a text, or on labelled"
+    " texts and words. By default the model's linear layers are held in 4 bits (QLoRA). DIR gets the adapter in HF peft's format,"
+    " loss.csv and loss.png."
 )
 
 
@@ -39,40 +39,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="text files, or .jsonl files with 'prompt' and 'completion' or with 'messages' in each line",
+        help="causal-lm: text files, or .jsonl with 'prompt' and 'completion' or with 'messages' in each line; seq2seq: .jsonl"
+        " with 'source' or 'audio' (a .wav file) and 'target'; classification: with 'text' (and 'text_pair') and 'label';"
+        " token-classification: with 'tokens' and 'tags'",
     )
+    about = "; ".join(f"{name}: {task.about}" for name, task in TASKS.items())
+    what.add_argument("--task", choices=TASKS, default="causal-lm", help=about)
     what.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the adapter and the losses")
     what.add_argument("--resume", action="store_true", help="go on with the unfinished run in DIR")
     what.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from DIR")
 
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--method", choices=METHODS, default="qlora", help="4-bit base, or the base in --dtype")
-    adapter.add_argument("--r", type=flags.positive_int, default=16, help="rank")
-    adapter.add_argument("--alpha", type=flags.positive_float, default=32.0, help="the branch is scaled by alpha/r")
-    adapter.add_argument("--dropout", type=flags.share, default=0.0, help="on the low-rank branch's input")
-    adapter.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        default=["all-linear"],
-        help="names of the layers to adapt, or all-linear (all but the head)",
-    )
+    adapters.add_arguments(parser.add_argument_group("adapter"))
 
+    rates = ", ".join(f"{method.lr:g} for {name}" for name, method in adapters.METHODS.items())
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=flags.positive_int, default=None, help="optimizer steps; instead of --epochs")
     length.add_argument("--epochs", type=flags.positive_float, default=1.0, help="passes over the data")
-    training.add_argument("--lr", type=flags.positive_float, default=5e-4, help="highest learning rate")
+    training.add_argument("--lr", type=flags.positive_float, default=None, help=f"highest learning rate; None: {rates}")
     training.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="the rate after the warm-up")
     training.add_argument("--warmup", type=flags.non_negative_float, default=0.05, help="steps; below 1 a share of them")
-    training.add_argument("--batch-size", type=flags.positive_int, default=4, help="sequences at a time")
+    training.add_argument("--batch-size", type=flags.positive_int, default=4, help="sequences or records at a time")
     training.add_argument("--grad-accum", type=flags.positive_int, default=2, help="batches a step")
-    training.add_argument("--seq-len", type=flags.sequence_length, default=256, help="tokens a sequence")
+    training.add_argument(
+        "--seq-len", type=flags.sequence_length, default=256, help="tokens a sequence; the most of a record's text, or of either"
+    )
     training.add_argument("--max-grad-norm", type=flags.non_negative_float, default=1.0, help="0 for no clipping")
     training.add_argument("--weight-decay", type=flags.non_negative_float, default=0.0, help="AdamW's")
     training.add_argument("--seed", type=flags.seed, default=0, help="of adapter, order, split and dropout")
     training.add_argument("--eval-fraction", type=flags.share, default=0.05, help="share of the data held out")
     training.add_argument("--eval-every", type=flags.non_negative_int, default=0, help="steps; 0: at start and end")
+    training.add_argument(
+        "--eval-generate",
+        type=flags.non_negative_int,
+        default=32,
+        help="seq2seq: to how many held-out records an answer is generated, for the word error rate; 0: none",
+    )
     training.add_argument("--save-every", type=flags.non_negative_int, default=20, help="steps between checkpoints; 0: none")
 
     machine = parser.add_argument_group("machine")
@@ -90,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, or go on training, and leave a finished folder."""
     out: Path = arguments.out
+    adapters.settle(arguments)
+    task = TASKS[arguments.task]
     for path in arguments.data:
         if not path.is_file():
             raise UserError(f"--data {path}: no such file")
@@ -102,46 +106,57 @@ def run(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     device = resolve_device(arguments.device)
-    dtype = resolve_dtype(arguments.dtype, device)
+    dtype = resolve_dtype("fp32" if arguments.dtype == "auto" and task.labels else arguments.dtype, device)
     settings = _settings(arguments, dtype, device)
     if before is not None:
         output.check_same_settings(before["settings"], settings, out)
-    model, tokenizer = open_model(arguments.model)
-    data, held_out = _read_data(arguments, model, tokenizer)
+    torch.manual_seed(arguments.seed)
+    records = task.read(arguments.data)
+    labels = task.labels(records) if task.labels else None
+    opened = open_for(task.task_type, arguments.model, labels)
+    config = _config(arguments, task, opened, labels)
+    split = arguments.seq_len, arguments.eval_fraction, arguments.seed
+    data, held_out = task.encode(records, opened.tokenizer, opened.model, *split)
+    run_ = {"peftk": peftk.info().versions["peftk"], "settings": settings}
+    if labels is not None:
+        run_["labels"] = [opened.model.config.id2label[i] for i in range(opened.model.config.num_labels)]
+    plan = _plan(arguments, len(data))
+    checkpoint = None if arguments.overwrite else resume.latest_checkpoint(out)
+    torch.manual_seed(plan.seed)
+    prepare_base(opened.model, arguments.base, dtype, device, kept_dense(task.task_type, opened.new))
+    _attach(opened.model, config, arguments, checkpoint)
     output.claim(out, arguments.overwrite)
-    output.write_run(out, {"peftk": peftk.info().versions["peftk"], "settings": settings})
-    _train(arguments, model, data, held_out, settings, device, dtype)
+    output.write_run(out, run_)
+    progress = _train(arguments, task, opened, data, held_out, plan, checkpoint)
+    _finish(out, opened.model, progress, run_, task, device)
 
 
 def _train(
     arguments: argparse.Namespace,
-    model: nn.Module,
-    data: Sequences,
-    held_out: Sequences,
-    settings: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+    task: Task,
+    opened: Opened,
+    data: Data,
+    held_out: Data,
+    plan: Plan,
+    checkpoint: Path | None,
+) -> Progress:
     out: Path = arguments.out
-    plan = _plan(arguments, len(data))
-    checkpoint = resume.latest_checkpoint(out)
-    torch.manual_seed(plan.seed)
-    prepare_base(model, arguments.method, dtype, device)
-    _attach(model, arguments, checkpoint)
+    model = opened.model
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=plan.lr, weight_decay=plan.weight_decay)
-    loss = LanguageModelLoss(model)
+    loss = task.loss(model)
     progress = resume.restore(checkpoint, optimizer) if checkpoint else Progress()
     if checkpoint:
         print(f"resuming after step {progress.step} of {plan.steps}")
+    device, dtype = resolve_device(arguments.device), next(p.dtype for p in model.parameters() if p.is_floating_point())
     print(
-        f"training on {data.targets} tokens in {len(data)} sequences, {held_out.targets} tokens held out,"
+        f"training on {data.targets} {task.unit}s in {len(data)} {task.rows}, {held_out.targets} {task.unit}s held out,"
         f" {plan.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}"
     )
-    losses = output.LossFile(out, progress.rows)
+    losses = output.LossFile(out, progress.rows, task.metrics)
     try:
-        train(
+        return train(
             loss,
             optimizer,
             data,
@@ -150,10 +165,10 @@ def _train(
             progress,
             losses.append,
             lambda position: resume.save_checkpoint(out, model, optimizer, position),
+            lambda: task.measure(loss, held_out, arguments, opened.tokenizer),
         )
     finally:
         losses.close()
-    _finish(out, model, progress, settings, device)
 
 
 def _settings(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -168,13 +183,15 @@ def _settings(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.d
     return settings
 
 
-def _read_data(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> tuple[Sequences, Sequences]:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and arguments.seq_len > longest:
-        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens")
-    documents = read_documents(arguments.data, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return split_and_pack(documents, arguments.seq_len, arguments.eval_fraction, arguments.seed, pad)
+def _config(arguments: argparse.Namespace, task: Task, opened: Opened, labels: list[str] | None) -> Any:
+    """The adapter's config. UserError where the longest sequence leaves it no room."""
+    setting = adapters.Setting(task.task_type, arguments.model, opened.model, opened.tokenizer, labels, list(opened.new) or None)
+    config = adapters.make_config(arguments, setting)
+    longest, added = max_positions(opened.model), adapters.positions_taken(config)
+    if longest is not None and arguments.seq_len + added > longest:
+        taken = f" and the {added} virtual ones of --method {arguments.method}" if added else ""
+        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens{taken and ', these' + taken}")
+    return config
 
 
 def _plan(arguments: argparse.Namespace, sequences: int) -> Plan:
@@ -198,28 +215,22 @@ def _plan(arguments: argparse.Namespace, sequences: int) -> Plan:
     )
 
 
-def _attach(model: nn.Module, arguments: argparse.Namespace, checkpoint: Path | None) -> None:
+def _attach(model: nn.Module, config: Any, arguments: argparse.Namespace, checkpoint: Path | None) -> None:
     if checkpoint:
         peftk.load_adapter(model, checkpoint / resume.ADAPTER, is_trainable=True)
         return
-    targets = arguments.target_modules
-    config = peftk.LoraConfig(
-        r=arguments.r,
-        lora_alpha=arguments.alpha,
-        lora_dropout=arguments.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=arguments.model,
-    )
     try:
         peftk.attach(model, config)
     except ValueError as error:
-        raise UserError(f"--target-modules {' '.join(targets)}: {error}") from error
+        flag = f"--method {arguments.method}"
+        if str(error).startswith("target_modules"):
+            flag = f"--target-modules {' '.join(arguments.target_modules)}"
+        raise UserError(f"{flag}: {error}") from error
 
 
-def _finish(out: Path, model: nn.Module, progress: Progress, settings: dict[str, Any], device: torch.device) -> None:
+def _finish(out: Path, model: nn.Module, progress: Progress, run_: dict[str, Any], task: Task, device: torch.device) -> None:
     output.publish_adapter(out, lambda folder: peftk.save_adapter(model, folder))
-    measured = [row.eval_loss for row in progress.rows if row.eval_loss is not None]
+    measured = [row for row in progress.rows if row.eval_loss is not None]
     report = peftk.report(model)
     summary = {
         "base_parameters": report.frozen.elements,
@@ -227,14 +238,18 @@ def _finish(out: Path, model: nn.Module, progress: Progress, settings: dict[str,
         "adapter_parameters": report.trainable.elements,
         "adapter_bytes": report.trainable.bytes,
         "trainable_share": report.trainable_share,
-        "held_out_loss_before": measured[0] if measured else None,
-        "held_out_loss_after": measured[-1] if measured else None,
+        "held_out_loss_before": measured[0].eval_loss if measured else None,
+        "held_out_loss_after": measured[-1].eval_loss if measured else None,
+        "metrics_before": measured[0].metrics if measured else {},
+        "metrics_after": measured[-1].metrics if measured else {},
         "tokens_per_second": progress.tokens_per_second,
         "minutes": progress.seconds / 60,
         "peak_memory_bytes": peak_bytes(device),
     }
-    output.draw_losses(out, progress.rows, f"{settings['model']}, {settings['method']}")
-    output.write_run(out, {"peftk": peftk.info().versions["peftk"], "settings": settings, "summary": summary})
+    settings = run_["settings"]
+    title = f"{settings['model']}, {settings['method']}"
+    output.draw_losses(out, progress.rows, title, task.unit)
+    output.write_run(out, {**run_, "summary": summary})
     shutil.rmtree(out / output.CHECKPOINTS, ignore_errors=True)
     _print_summary(out, summary)
 
@@ -244,11 +259,13 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
         held_out = "not measured (--eval-fraction 0)"
     else:
         held_out = f"{summary['held_out_loss_before']:.3f} -> {summary['held_out_loss_after']:.3f}"
+    before = summary["metrics_before"]
     lines = {
         "base": f"{readable(summary['base_bytes'])}, {summary['base_parameters']:,} parameters",
         "adapter": f"{readable(summary['adapter_bytes'])}, {summary['adapter_parameters']:,} parameters"
         f" ({summary['trainable_share']:.2%} of all)",
         "held-out loss": held_out,
+        **{name.replace("_", " "): f"{before[name]:.3f} -> {value:.3f}" for name, value in summary["metrics_after"].items()},
         "speed": f"{summary['tokens_per_second']:.0f} tokens/s",
         "training": f"{summary['minutes']:.1f} minutes",
         "peak memory": readable(summary["peak_memory_bytes"]),

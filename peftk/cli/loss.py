@@ -8,10 +8,14 @@ would take 1.6 GB in fp32, a chunk takes CHUNK_BYTES.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from peftk.methods.attach import wrappers
+from peftk.methods.input_prompts import InputPrompts
 
 logger = logging.getLogger("peftk.cli")
 
@@ -65,8 +69,9 @@ def head_cross_entropy(
 class LanguageModelLoss:
     """Summed next-token loss of a causal language model: (b, l) input_ids and labels -> fp32 scalar.
 
-    Chunked where the model is a body and a plain frozen linear head, which a probe confirms; otherwise ``why_whole`` says why
-    the model's own loss, over whole logits, is taken.
+    Chunked where the logits are what a plain frozen linear head makes of what it is given, which a probe confirms; otherwise
+    ``why_whole`` says why the model's own loss, over whole logits, is taken. The first real token of a row has no
+    loss, even where virtual tokens stand before it.
     """
 
     def __init__(self, model: nn.Module):
@@ -77,11 +82,12 @@ class LanguageModelLoss:
 
     def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.why_whole:
+            labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
             mean = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
             return mean.float() * count_targets(labels)
         head = self.model.get_output_embeddings()
-        hidden = _body(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
-        return head_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten())
+        hidden = _given_to(head, self.model, input_ids)[:, -labels.shape[1] : -1]
+        return head_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten())
 
 
 def count_targets(labels: torch.Tensor) -> int:
@@ -89,19 +95,32 @@ def count_targets(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def _body(model: nn.Module) -> nn.Module | None:
-    body = getattr(model, "base_model", None)
-    return None if body is model else body
+def _given_to(head: nn.Module, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """What a call of the model gives to its head, (b, l, d); the head itself gets no row of it, so that no logits are made."""
+    given: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        given.append(args[0])
+        return (args[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    finally:
+        handle.remove()
+    return given[0]
 
 
 def _why_not_chunked(model: nn.Module) -> str:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or _body(model) is None:
+    if head is None:
         return f"{type(model).__name__} does not tell its head from its body"
     if type(head) is not nn.Linear:
         return f"its head is {type(head).__name__}, not a plain nn.Linear"
     if any(p.requires_grad for p in head.parameters()):
         return "its head is trained"
+    if any(prompts.arrange for _, prompts in wrappers(model, InputPrompts)):
+        return "a template moves tokens"
     return _probe(model, head)
 
 
@@ -114,8 +133,7 @@ def _probe(model: nn.Module, head: nn.Linear) -> str:
     model.eval()
     try:
         own = model(input_ids=tokens, use_cache=False).logits.float()
-        body = _body(model)(input_ids=tokens, use_cache=False)
-        ours = head(body.last_hidden_state).float()
+        ours = head(_given_to(head, model, tokens)).float()
     finally:
         model.train(training)
     if own.shape != ours.shape or (own - ours).norm() > PROBE_TOLERANCE * own.norm():

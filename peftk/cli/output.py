@@ -15,12 +15,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peftk.atomic import write_file
+from peftk.checkpoint import ENCODER
 from peftk.cli.errors import UserError
 from peftk.cli.training import Row
 
@@ -28,8 +29,9 @@ logger = logging.getLogger("peftk.cli")
 
 SETTINGS, LOSSES, PICTURE, CHECKPOINTS = "run.json", "loss.csv", "loss.png", "checkpoints"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # HF peft's names; the weights come last
+_COLUMNS = [field.name for field in fields(Row) if field.name != "metrics"]
 _UNPUBLISHED = "adapter.saved"
-_OWN_FILES = (SETTINGS, LOSSES, PICTURE, *ADAPTER_FILES)
+_OWN_FILES = (SETTINGS, LOSSES, PICTURE, *ADAPTER_FILES, ENCODER)
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -88,25 +90,29 @@ def check_same_settings(before: dict[str, Any], now: dict[str, Any], folder: Pat
 class LossFile:
     """loss.csv: a header, the rows so far, then a line for each new row as it comes."""
 
-    def __init__(self, folder: Path, rows: Sequence[Row]):
+    def __init__(self, folder: Path, rows: Sequence[Row], metrics: Sequence[str] = ()):
+        self.metrics = metrics
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Row))
-        writer.writerows(astuple(row) for row in rows)
+        writer.writerow([*_COLUMNS, *(f"eval_{name}" for name in metrics)])
+        writer.writerows(map(self._cells, rows))
         write_file(folder / LOSSES, text.getvalue().encode())
         self._file = open(folder / LOSSES, "a", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
 
     def append(self, row: Row) -> None:
         """Write one row through to the file."""
-        self._writer.writerow(astuple(row))
+        self._writer.writerow(self._cells(row))
         self._file.flush()
+
+    def _cells(self, row: Row) -> list[Any]:
+        return [*(getattr(row, name) for name in _COLUMNS), *(row.metrics.get(name) for name in self.metrics)]
 
     def close(self) -> None:
         self._file.close()
 
 
-def draw_losses(folder: Path, rows: Sequence[Row], title: str) -> None:
+def draw_losses(folder: Path, rows: Sequence[Row], title: str, unit: str = "token") -> None:
     """loss.png: training and held-out loss over the steps. Without matplotlib one log line instead."""
     if find_spec("matplotlib") is None:
         logger.warning("no %s: matplotlib is not installed (pip install 'peftk[plot]')", PICTURE)
@@ -116,11 +122,11 @@ def draw_losses(folder: Path, rows: Sequence[Row], title: str) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name, label, marker in (("loss", "training (mean of a step)", ""), ("eval_loss", "held-out text", "o")):
+    for name, label, marker in (("loss", "training (mean of a step)", ""), ("eval_loss", "held out", "o")):
         points = [(row.step, getattr(row, name)) for row in rows if getattr(row, name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, alpha=1.0 if marker else 0.6)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss (nats a {unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
@@ -133,6 +139,7 @@ def publish_adapter(folder: Path, save: Callable[[Path], None]) -> None:
     aside = folder / _UNPUBLISHED
     shutil.rmtree(aside, ignore_errors=True)
     save(aside)
-    for name in ADAPTER_FILES:
-        os.replace(aside / name, folder / name)
+    for name in (ENCODER, *ADAPTER_FILES):
+        if name in ADAPTER_FILES or (aside / name).exists():
+            os.replace(aside / name, folder / name)
     shutil.rmtree(aside)

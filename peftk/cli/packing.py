@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +30,18 @@ class Sequences:
     def targets(self) -> int:
         """Tokens that the loss is taken on."""
         return count_targets(self.labels)
+
+    def count(self, rows: Sequence[int]) -> int:
+        """The same, of some rows."""
+        return count_targets(self.labels[rows])
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """That go through the model for some rows, padding included."""
+        return len(rows) * self.input_ids.shape[1]
+
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Those rows, as the loss takes them."""
+        return {"input_ids": self.input_ids[rows], "labels": self.labels[rows]}
 
 
 def split_and_pack(
@@ -63,16 +76,21 @@ def split(documents: Sequence[Document], eval_fraction: float, seed: int) -> tup
     if not eval_fraction:
         return list(documents), []
     records = [document for document in documents if document.is_record]
-    distinct = sorted({tuple(record.input_ids) for record in records})
-    if len(distinct) == 1:
-        raise UserError("--eval-fraction: one record can't be split into training and held-out text; give 0")
-    if distinct:
-        order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
-        count = min(max(1, round(eval_fraction * len(distinct))), len(distinct) - 1)
-        chosen = {distinct[i] for i in order[:count]}
+    if records:
+        chosen = held_out_keys([tuple(record.input_ids) for record in records], eval_fraction, seed)
         for record in records:
             (held_out if tuple(record.input_ids) in chosen else train).append(record)
     return train, held_out
+
+
+def held_out_keys(keys: Sequence[Any], eval_fraction: float, seed: int) -> set[Any]:
+    """A random share of the distinct keys, at least one and not all. UserError where there is only one."""
+    distinct = sorted(set(keys))
+    if len(distinct) == 1:
+        raise UserError("--eval-fraction: one record can't be split into training and held-out text; give 0")
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(1, round(eval_fraction * len(distinct))), len(distinct) - 1)
+    return {distinct[i] for i in order[:count]}
 
 
 def pack(documents: Sequence[Document], length: int, pad: int) -> Sequences:

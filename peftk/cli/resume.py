@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
                 "step": progress.step,
                 "processed": progress.processed,
                 "seconds": progress.seconds,
-                "rows": [astuple(row) for row in progress.rows],
+                "rows": [vars(row) for row in progress.rows],
             },
             unfinished / STATE,
         )
@@ -62,4 +61,4 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
     torch.set_rng_state(state["random"])
     if state["random_cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random_cuda"])
-    return Progress(state["step"], [Row(*row) for row in state["rows"]], state["processed"], state["seconds"])
+    return Progress(state["step"], [Row(**row) for row in state["rows"]], state["processed"], state["seconds"])

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import nn
 
 import peftk
 from peftk.cli.errors import UserError, require
-from peftk.cli.loss import LanguageModelLoss, count_targets
 from peftk.cli.memory import peak_bytes, readable
-from peftk.cli.packing import Sequences, batch_order
+from peftk.cli.packing import batch_order
+from peftk.methods.attach import find_attached
 
 SCHEDULES = ("cosine", "constant")
+
+
+class Data(Protocol):
+    """What is trained on or held out: ``len`` rows, taken by index."""
+
+    targets: int  # things that the loss is taken on
+
+    def __len__(self) -> int: ...
+
+    def count(self, rows: Sequence[int]) -> int:
+        """Targets of some rows."""
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Tokens that go through the model for some rows."""
+
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Some rows, as the loss takes them, on the CPU."""
+
+
+class Loss(Protocol):
+    """A model's loss over a batch, summed over its targets: an fp32 scalar."""
+
+    model: nn.Module
+
+    def __call__(self, **batch: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -42,14 +69,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of loss.csv; step 0 is the model before training. Losses are means over tokens, in nats."""
+    """One line of loss.csv; step 0 is the model before training, without the adapter. Losses are means over targets, in nats."""
 
     step: int
-    tokens: int  # that the loss was taken on, since the start
+    tokens: int  # or labels, that the loss was taken on, since the start
     lr: float | None
     loss: float | None
     grad_norm: float | None  # before clipping
     eval_loss: float | None
+    metrics: dict[str, float] = field(default_factory=dict)  # on what was held out
 
 
 @dataclass
@@ -58,7 +86,7 @@ class Progress:
 
     step: int = 0
     rows: list[Row] = field(default_factory=list)
-    processed: int = 0  # tokens that went through the model, padding included
+    processed: int = 0  # tokens that went through the model
     seconds: float = 0.0  # spent in training steps
 
     @property
@@ -77,54 +105,67 @@ def learning_rate(step: int, plan: Plan) -> float:
 
 
 @torch.no_grad()
-def evaluate(loss: LanguageModelLoss, data: Sequences, batch_size: int, device: torch.device) -> float:
-    """Mean loss a token over all of ``data``, without dropout; uses up no random numbers."""
+def evaluate(loss: Loss, data: Data, batch_size: int, device: torch.device) -> float:
+    """Mean loss a target over all of ``data``, without dropout; uses up no random numbers."""
     model = loss.model
     training = model.training
     model.eval()
     total = 0.0
     for i in range(0, len(data), batch_size):
-        batch = slice(i, i + batch_size)
-        total += loss(data.input_ids[batch].to(device), data.labels[batch].to(device)).item()
+        batch = data.batch(list(range(i, min(i + batch_size, len(data)))))
+        total += loss(**on_device(batch, device)).item()
     model.train(training)
     return total / data.targets
 
 
-def backward_of_step(loss: LanguageModelLoss, data: Sequences, step: int, plan: Plan, device: torch.device) -> tuple[float, int]:
-    """Accumulate the gradient of the mean over every token of the step's sequences; (that mean, how many tokens).
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The same batch there."""
+    return {name: values.to(device) for name, values in batch.items()}
 
-    Each micro-batch is divided by the step's whole count, not by its own: a token weighs the same wherever it falls.
+
+def rows_of_step(data: Data, step: int, plan: Plan) -> list[int]:
+    """Which rows of the data a step takes."""
+    return batch_order(len(data), step * plan.samples_per_step, plan.samples_per_step, plan.seed)
+
+
+def backward_of_step(loss: Loss, data: Data, step: int, plan: Plan, device: torch.device) -> tuple[float, int]:
+    """Accumulate the gradient of the mean over every target of the step's rows; (that mean, how many targets).
+
+    Each micro-batch is divided by the step's whole count, not by its own: a target weighs the same wherever it falls.
     """
-    picked = batch_order(len(data), step * plan.samples_per_step, plan.samples_per_step, plan.seed)
-    tokens = count_targets(data.labels[picked])
+    picked = rows_of_step(data, step, plan)
+    targets = data.count(picked)
     total = 0.0
     for i in range(0, len(picked), plan.batch_size):
-        rows = picked[i : i + plan.batch_size]
-        part = loss(data.input_ids[rows].to(device), data.labels[rows].to(device)) / tokens
+        batch = data.batch(picked[i : i + plan.batch_size])
+        part = loss(**on_device(batch, device)) / targets
         part.backward()
         total += part.item()
-    return total, tokens
+    return total, targets
 
 
 def train(
-    loss: LanguageModelLoss,
+    loss: Loss,
     optimizer: torch.optim.Optimizer,
-    data: Sequences,
-    held_out: Sequences,
+    data: Data,
+    held_out: Data,
     plan: Plan,
     progress: Progress,
     record: Callable[[Row], None],
     save: Callable[[Progress], None],
+    measure: Callable[[], dict[str, float]] = dict,
 ) -> Progress:
     """Run the steps that ``progress`` has not done yet. ``record`` gets each row as it comes, ``save`` the progress at each
-    checkpoint. UserError where the loss is no longer finite."""
+    checkpoint; ``measure`` gives metrics of the model as it is, in eval mode. UserError where the loss is no longer finite."""
     tqdm = require("tqdm.auto", "hf").tqdm
     model = loss.model
     trainable = peftk.trainable_parameters(model)
     device = trainable[0].device
     if not progress.rows:
-        before = evaluate(loss, held_out, plan.batch_size, device) if len(held_out) else None
-        _note(progress, Row(0, 0, None, None, None, before), record)
+        first = Row(0, 0, None, None, None, None)
+        with _without_adapter(model):
+            first = _measured(first, loss, held_out, plan, device, measure)
+        _note(progress, first, record)
     model.train()
     bar = tqdm(total=plan.steps, initial=progress.step, unit="step", dynamic_ncols=True)
     while progress.step < plan.steps:
@@ -139,11 +180,11 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.processed += plan.samples_per_step * data.input_ids.shape[1]
+        progress.processed += data.tokens(rows_of_step(data, progress.step - 1, plan))
         progress.seconds += time.perf_counter() - start
         row = Row(progress.step, progress.rows[-1].tokens + tokens, rate, mean, norm, None)
-        if len(held_out) and _due(progress.step, plan.eval_every, plan.steps):
-            row = replace(row, eval_loss=evaluate(loss, held_out, plan.batch_size, device))
+        if _due(progress.step, plan.eval_every, plan.steps):
+            row = _measured(row, loss, held_out, plan, device, measure)
         _note(progress, row, record)
         bar.set_postfix_str(
             f"loss {mean:.3f}, {progress.tokens_per_second:.0f} tokens/s, {readable(peak_bytes(device))}", refresh=False
@@ -153,6 +194,30 @@ def train(
             save(progress)
     bar.close()
     return progress
+
+
+@contextlib.contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """A prompt at random says less than none: the model before training is the one without it."""
+    if find_attached(model) is None:
+        yield
+        return
+    with peftk.disable_adapters(model):
+        yield
+
+
+def _measured(
+    row: Row, loss: Loss, held_out: Data, plan: Plan, device: torch.device, measure: Callable[[], dict[str, float]]
+) -> Row:
+    """The row with what was held out measured; as it is where nothing was."""
+    if not len(held_out):
+        return row
+    mean = evaluate(loss, held_out, plan.batch_size, device)
+    training = loss.model.training
+    loss.model.eval()
+    metrics = measure()
+    loss.model.train(training)
+    return replace(row, eval_loss=mean, metrics=metrics)
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -1,7 +1,7 @@
 """transformers' attention modules: what their keys look like, and how keys and values get in front of them.
 
-All of them hand fresh keys and values to a cache, ``past_key_values.update(keys, values, layer_idx)``, and go on with what it
-returns. So a cache of our own puts a prefix in front, with or without a real one behind it, which never holds the prefix.
+All of them hand fresh keys and values to a cache, ``cache.update(keys, values, layer_idx)``, and go on with what it returns. So
+a cache of our own puts a prefix in front, with or without a real one behind it, which never holds the prefix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftk.methods.prompts import as_keywords, is_encoder_decoder, is_position_table, parameters_of
+from peftk.methods.prompts import CACHE_NAMES, as_keywords, is_encoder_decoder, is_position_table, parameters_of
 
 # Of the only stack, or the decoder, to itself; of the encoder to itself; of the decoder to the encoder.
 SELF, ENCODER, CROSS = "self", "encoder", "cross"
@@ -25,7 +25,7 @@ SELF, ENCODER, CROSS = "self", "encoder", "cross"
 _KEY_VALUE = (("k_proj", "v_proj"), ("key", "value"), ("k", "v"))  # projections of keys and of values
 _FUSED = ("c_attn", "query_key_value", "qkv_proj")  # of both, and of queries
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-_CACHE = ("past_key_values", "past_key_value", "layer_past")
+_CACHE_LENGTH = ("cache_length", "past_key_values_length")  # of positional embeddings: how many tokens came before
 _CROSS_PATHS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
 
 
@@ -66,7 +66,7 @@ def find_attentions(model: nn.Module) -> list[Attention]:
 
 def _facts(path: str, module: nn.Module, is_in_encoder: bool) -> Attention | None:
     names = parameters_of(module)
-    cache = next((name for name in _CACHE if name in names), None)
+    cache = next((name for name in CACHE_NAMES if name in names), None)
     head_dim = next((getattr(module, name) for name in _HEAD_DIM if isinstance(getattr(module, name, None), int)), None)
     width = _width(module, head_dim)
     if cache is None or head_dim is None or width is None or "alibi" in names:
@@ -115,7 +115,7 @@ def shifted(module: nn.Module, kwargs: dict[str, Any], by: int) -> Any:
     if kwargs.get("position_ids") is not None:
         key = "position_ids"
     else:
-        key = "past_key_values_length" if "past_key_values_length" in names else names[0]
+        key = next((name for name in _CACHE_LENGTH if name in names), names[0])
     table = module.weight.shape[0] - getattr(module, "offset", 0) if isinstance(module, nn.Embedding) else None
     length = kwargs[key].shape[-1] if isinstance(kwargs[key], torch.Tensor) else 0
     if table is not None and length + by > table:

@@ -16,7 +16,7 @@ from torch import nn
 from peftk.methods.adapter import Beside
 from peftk.methods.attention import PrefixCache, find_attentions, find_positions, shifted, widened_mask
 from peftk.methods.layout import positions
-from peftk.methods.prompts import as_keywords, is_causal, parameters_of
+from peftk.methods.prompts import as_keywords, cache_of, is_causal, parameters_of
 
 INFIX = "peftk_infix_start"  # a keyword that models hand on to their attention: (batch,), the first column that sees the infix
 
@@ -69,7 +69,7 @@ class DeepPrompts(Beside):
         if given is None:
             return None
         self._batch = given.shape[0]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         is_start = cache is None or cache.get_seq_length() == 0
         mask = kwargs.get("attention_mask")
         knows = mask is not None and mask.dim() == 2 and kwargs.get("position_ids") is None
@@ -101,7 +101,7 @@ class DeepPrompts(Beside):
         keys, values = (
             part.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2) for part in pairs.chunk(2, dim=-1)
         )
-        real = kwargs.get(attention.cache)
+        real = cache_of(kwargs)
         kwargs[attention.mask] = widened_mask(attention, kwargs, keys.shape[2], seen, real)
         kwargs[attention.cache] = PrefixCache(real, keys, values)
         return (), kwargs

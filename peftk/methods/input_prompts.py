@@ -16,6 +16,7 @@ from peftk.methods.adapter import Beside
 from peftk.methods.layout import NOTHING, Layout, Row, positions, real, virtual
 from peftk.methods.prompts import (
     as_keywords,
+    cache_of,
     has_learned_positions,
     is_causal,
     is_encoder_decoder,
@@ -92,7 +93,7 @@ class InputPrompts(Beside):
                 f"attention_mask: expected (batch, length) beside a prompt, got {tuple(mask.shape)}; a static cache makes such "
                 "masks: use a dynamic one"
             )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         kwargs.pop("cache_position", None)  # of older transformers: where the model counts by itself, it counts the prompt
         if cache is not None and cache.get_seq_length() > 0:
             self._continue(by_row, kwargs, given, mask, cache.get_seq_length())

