@@ -5,11 +5,13 @@ from peftk.checkpoint import load_adapter, save_adapter
 from peftk.format.nf4 import NF4Weight
 from peftk.info import info
 from peftk.methods import (
+    HardTemplate,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
     PTuningV2Config,
+    Verbalizer,
     adapters_per_row,
     attach,
     delete_adapter,
@@ -17,6 +19,7 @@ from peftk.methods import (
     disable_adapters,
     drop_encoder,
     merge,
+    precision_at_1,
     prompt_ensemble,
     qlora,
     qlora_config,
@@ -38,11 +41,13 @@ __all__ = [
     "ops",
     "use",
     # modules and models
+    "HardTemplate",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "Verbalizer",
     "adapters_per_row",
     "attach",
     "delete_adapter",
@@ -52,6 +57,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "precision_at_1",
     "prompt_ensemble",
     "qlora",
     "qlora_config",

@@ -10,6 +10,7 @@ from peftk.methods.attach import (
     trainable_parameters,
     unmerge,
 )
+from peftk.methods.hard_template import HardTemplate, Verbalizer, precision_at_1
 from peftk.methods.lora import LoraConfig
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.p_tuning_v2 import PTuningV2Config
@@ -21,11 +22,13 @@ from peftk.methods.report import report
 from peftk.methods.rows import adapters_per_row, prompt_ensemble
 
 __all__ = [
+    "HardTemplate",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "Verbalizer",
     "adapters_per_row",
     "attach",
     "delete_adapter",
@@ -33,6 +36,7 @@ __all__ = [
     "disable_adapters",
     "drop_encoder",
     "merge",
+    "precision_at_1",
     "prompt_ensemble",
     "qlora",
     "qlora_config",
