@@ -35,7 +35,7 @@ def rows(bench: Bench, experiment: Experiment, seed: int) -> Iterator[Row]:
         peftk.detach(model)
     seconds = time.perf_counter() - start
     for line, score in ((MEAN, sum(alone) / VOTES), (BEST, max(alone)), (VOTE, together)):
-        yield Row(line, seed, task.metric, score, sum(losses) / VOTES, count, seconds)
+        yield Row(line, seed, f"{task.metric}, whole vocabulary", score, sum(losses) / VOTES, count, seconds)
 
 
 @torch.no_grad()

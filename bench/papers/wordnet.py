@@ -56,7 +56,7 @@ def synsets(folder: Path, part: str = "noun") -> Mapping[int, Synset]:
             if line.startswith("  "):  # the licence
                 continue
             try:
-                synset = parse_line(line)
+                synset = parse_line(line.rstrip())
             except (ValueError, IndexError) as error:
                 raise ValueError(f"{path} line {number}: {error}") from error
             found[synset.offset] = synset
