@@ -3,7 +3,7 @@
 from bench.papers.candidates import Candidate
 from bench.papers.run import Experiment, Line
 
-N, STEPS = 10, 50
+N, STEPS = 10, 36
 COMMON = {"task": "define", "method": "prefix tuning", "steps": STEPS, "batch": 8}
 PREFIX = Candidate(**COMMON, rate=1e-3, options=(("n", N), ("mlp", True)))
 

@@ -3,7 +3,7 @@
 from bench.papers.candidates import Candidate
 from bench.papers.run import Experiment, Line
 
-STEPS, RATE = 60, 1e-3
+STEPS, RATE = 40, 1e-2
 
 
 def p_tuning(encoder: str, rate: float = RATE) -> Candidate:
@@ -12,7 +12,7 @@ def p_tuning(encoder: str, rate: float = RATE) -> Candidate:
 
 
 HARD = Candidate(task="kinds", method="hard template", rate=0.0, steps=0)
-LSTM, MLP, NONE = p_tuning("LSTM"), p_tuning("MLP"), p_tuning("NONE", 0.03)
+LSTM, MLP, NONE = p_tuning("LSTM"), p_tuning("MLP"), p_tuning("NONE", 0.1)
 
 EXPERIMENT = Experiment(
     name="probing",

@@ -3,14 +3,14 @@
 from bench.papers.candidates import Candidate
 from bench.papers.run import Experiment, Line
 
-N, STEPS = 5, 40
+N, STEPS = 5, 30
 TEXT = "Every word names a thing of some kind"
 
 
 def prompt(init: str, **more: str) -> Candidate:
     """Prompt Tuning of N vectors in front of the template."""
     options = (("n", N), ("init", init), *more.items())
-    return Candidate(task="kinds", method="prompt tuning", rate=0.03, steps=STEPS, options=options)
+    return Candidate(task="kinds", method="prompt tuning", rate=0.1, steps=STEPS, options=options, batch=8)
 
 
 VOCABULARY = prompt("SAMPLE_VOCAB")

@@ -4,7 +4,7 @@ from bench.papers.candidates import Candidate
 from bench.papers.run import Experiment, Line
 
 LENGTHS = (1, 4, 16, 64)
-COMMON = {"method": "P-Tuning v2", "rate": 1e-2, "steps": 120}
+COMMON = {"method": "P-Tuning v2", "rate": 5e-2, "steps": 60}
 GLOSSES = {n: Candidate(task="glosses", options=(("n", n),), **COMMON) for n in LENGTHS}
 NAMES = {n: Candidate(task="names", options=(("n", n),), **COMMON) for n in LENGTHS}
 

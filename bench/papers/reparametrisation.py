@@ -11,7 +11,7 @@ DIRECT = replace(PREFIX, rate=1e-2, options=(("n", N),))
 
 
 def _with_mlp(candidate: Candidate) -> Candidate:
-    return replace(candidate, rate=1e-3, options=(*candidate.options, ("mlp", True)))
+    return replace(candidate, rate=5e-3, options=(*candidate.options, ("mlp", True)))
 
 
 EXPERIMENT = Experiment(
