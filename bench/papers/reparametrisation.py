@@ -7,7 +7,7 @@ from bench.papers.prefix_variants import PREFIX, N
 from bench.papers.prompt_length import GLOSSES, NAMES
 from bench.papers.run import Experiment, Line
 
-DIRECT = replace(PREFIX, rate=1e-2, options=(("n", N),))
+DIRECT = replace(PREFIX, rate=1e-1, options=(("n", N),))
 
 
 def _with_mlp(candidate: Candidate) -> Candidate:

@@ -194,7 +194,7 @@ def names(models: Any, texts: Any, sizes: Sizes) -> Encoding:
 # By name: what makes the task, and its sizes in earnest.
 TASKS: dict[str, tuple[Callable[[Any, Any, Sizes], Any], Sizes]] = {
     "kinds": (kinds, Sizes(400, 200)),
-    "define": (define, Sizes(400, 64)),
+    "define": (define, Sizes(400, 32)),
     "glosses": (glosses, Sizes(600, 300)),
     "names": (names, Sizes(400, 200)),
 }
