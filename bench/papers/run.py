@@ -135,8 +135,7 @@ def each_line(bench: Bench, experiment: Experiment, seed: int) -> Iterator[Row]:
 
 
 def run(bench: Bench, experiment: Experiment, seeds: Sequence[int], progress: bool = True) -> list[Row]:
-    """Every row of every seed."""
-    rows: list[Row] = []
-    for seed in track(list(seeds), experiment.name, progress):
-        rows += (experiment.rows or each_line)(bench, experiment, seed)
-    return rows
+    """Every row of every seed. ValueError where an experiment's rows are more or fewer than its lines."""
+    made = (row for seed in seeds for row in (experiment.rows or each_line)(bench, experiment, seed))
+    turns = track(range(len(seeds) * len(experiment.lines)), experiment.name, progress)
+    return [row for _, row in zip(turns, made, strict=True)]
