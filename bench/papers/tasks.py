@@ -106,7 +106,7 @@ class Encoding:
         options = {"is_split_into_words": is_tagging, "truncation": True, "max_length": LONGEST, "padding": True}
         made = self.tokenizer(texts, return_tensors="pt", **options)
         if is_tagging:
-            labels = [_on_first_pieces(made.word_ids(i), tags) for i, tags in enumerate(labels)]
+            labels = [on_first_pieces(made.word_ids(i), tags) for i, tags in enumerate(labels)]
         return {**{key: made[key] for key in ("input_ids", "attention_mask")}, "labels": torch.tensor(labels)}
 
     def loss(self, model: nn.Module, rows: Sequence[tuple[Any, Any]]) -> torch.Tensor:
@@ -136,7 +136,8 @@ def micro_f1(said: torch.Tensor, right: torch.Tensor) -> float:
     return 2 * hits / both if both else 0.0
 
 
-def _on_first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+def on_first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """By piece its word's tag, IGNORED on a word's further pieces and on special tokens. ``words``: by piece its word's index."""
     before = [None, *words]
     return [tags[now] if now is not None and now != was else IGNORED for was, now in zip(before, words, strict=False)]
 

@@ -19,7 +19,7 @@ from bench.papers import convert, corpora, ensemble, record, verses, wordnet
 from bench.papers.candidates import Candidate
 from bench.papers.models import TinyModels
 from bench.papers.run import Bench, Experiment, Line, Row, batches, run
-from bench.papers.tasks import Sizes, micro_f1, split
+from bench.papers.tasks import Sizes, micro_f1, on_first_pieces, split
 from bench.papers.texts import Sample, Texts, words_of
 from bench.report import Provenance
 
@@ -239,6 +239,10 @@ def test_splits_share_nothing():
     assert (train, test) == split(range(100), Sizes(30, 20))
     with pytest.raises(ValueError, match="records: expected at least 50, got 49"):
         split(range(49), Sizes(30, 20))
+
+
+def test_a_words_further_pieces_have_no_tag():
+    assert on_first_pieces([None, 0, 0, 1, 2, 2, None], [1, 0, 2]) == [-100, 1, -100, 0, 2, -100, -100]
 
 
 def test_micro_f1_leaves_out_o():
