@@ -1,11 +1,15 @@
-"""One prompt against the vote of five on the same frozen model."""
+"""One prompt against the vote of five on the same frozen model: trained in one batch, asked in one batch."""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 import peftk
 from bench.papers.prompt_init import VOCABULARY
@@ -16,30 +20,50 @@ VOTES = 5
 MEAN, BEST, VOTE = Line("one, their mean", VOCABULARY), Line("one, the best", VOCABULARY), Line("five, a vote", VOCABULARY)
 
 
+@dataclass
+class SideBySide:
+    """A task for several prompts at once: a record is a record for each of them, in an order of its own."""
+
+    task: Any
+    names: Sequence[str]
+    seed: int
+
+    @property
+    def train(self) -> list[tuple[Any, ...]]:
+        """Tuples, one of the task's records a prompt."""
+        records = list(self.task.train)
+        orders = [random.Random(self.seed * VOTES + i).sample(records, len(records)) for i in range(len(self.names))]
+        return list(zip(*orders, strict=True))
+
+    def loss(self, model: nn.Module, rows: Sequence[tuple[Any, ...]]) -> torch.Tensor:
+        """The mean over all prompts; a prompt's gradient is that of its own rows."""
+        with peftk.adapters_per_row(model, [name for name in self.names for _ in rows]):
+            return self.task.loss(model, [row[i] for i in range(len(self.names)) for row in rows])
+
+
 def rows(bench: Bench, experiment: Experiment, seed: int) -> Iterator[Row]:
-    """Train VOTES prompts of their own seeds side by side, and let them answer alone and together."""
+    """Train VOTES prompts from starts of their own, and let them answer alone and together."""
     start = time.perf_counter()
     config, task = VOCABULARY.prepare(bench.task(VOCABULARY.task))
     model = task.fresh(seed)
     names = [f"prompt{i}" for i in range(VOTES)]
-    losses = []
     try:
         for i, name in enumerate(names):
             torch.manual_seed(seed * VOTES + i)
             peftk.attach(model, config, adapter_name=name)
-            peftk.set_adapter(model, name)
-            losses.append(train(model, task, VOCABULARY, seed * VOTES + i, bench.quick))
-        count = sum(parameter.numel() for parameter in peftk.trainable_parameters(model))
+        peftk.set_adapter(model, names)
+        loss = train(model, SideBySide(task, names, seed), VOCABULARY, seed, bench.quick)
+        count = sum(parameter.numel() for parameter in peftk.trainable_parameters(model)) // VOTES
         alone, together = answers(model.eval(), task, names)
     finally:
         peftk.detach(model)
     seconds = time.perf_counter() - start
     for line, score in ((MEAN, sum(alone) / VOTES), (BEST, max(alone)), (VOTE, together)):
-        yield Row(line, seed, f"{task.metric}, whole vocabulary", score, sum(losses) / VOTES, count, seconds)
+        yield Row(line, seed, f"{task.metric}, whole vocabulary", score, loss, count, seconds)
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, task, names: list[str]) -> tuple[list[float], float]:
+def answers(model: nn.Module, task: Any, names: Sequence[str]) -> tuple[list[float], float]:
     """(each prompt's precision at 1, the vote's), over the whole vocabulary: all prompts in one batch."""
     hits, of_vote = torch.zeros(len(names)), 0.0
     for at in range(0, len(task.test), AT_ONCE):
