@@ -5,7 +5,7 @@ from bench.papers.run import Experiment, Line
 
 N, STEPS = 10, 24
 COMMON = {"task": "define", "method": "prefix tuning", "steps": STEPS, "batch": 6}
-PREFIX = Candidate(**COMMON, rate=5e-3, options=(("n", N), ("mlp", True)))
+PREFIX = Candidate(**COMMON, rate=2e-3, options=(("n", N), ("mlp", True)))
 
 EXPERIMENT = Experiment(
     name="prefix_variants",
@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     lines=(
         Line("words only", Candidate(task="define", method="hard template", rate=0.0, steps=0)),
         Line("prefix", PREFIX),
-        Line("infix", Candidate(**COMMON, rate=5e-3, options=(("n", N), ("variant", "infix"), ("mlp", True)))),
-        Line("embedding only", Candidate(**COMMON, rate=5e-3, options=(("n", N), ("variant", "embedding"), ("mlp", True)))),
+        Line("infix", Candidate(**COMMON, rate=2e-3, options=(("n", N), ("variant", "infix"), ("mlp", True)))),
+        Line("embedding only", Candidate(**COMMON, rate=2e-3, options=(("n", N), ("variant", "embedding"), ("mlp", True)))),
     ),
 )
