@@ -12,6 +12,7 @@ from peftk.methods.attach import (
 from peftk.methods.combine import combine_adapters
 from peftk.methods.compaction import compact
 from peftk.methods.eva import eva_init
+from peftk.methods.hard_template import HardTemplate, Verbalizer, precision_at_1
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_fields import EvaConfig, LoftQConfig
 from peftk.methods.lora_plus import lora_plus_groups
@@ -31,12 +32,14 @@ __all__ = [
     "AdaLoraConfig",
     "EvaConfig",
     "LoftQConfig",
+    "HardTemplate",
     "LoraConfig",
     "PTuningConfig",
     "PTuningV2Config",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "adalora_schedule",
+    "Verbalizer",
     "adapters_per_row",
     "attach",
     "combine_adapters",
@@ -49,6 +52,7 @@ __all__ = [
     "lora_plus_groups",
     "merge",
     "orthogonality_loss",
+    "precision_at_1",
     "prompt_ensemble",
     "qlora",
     "qlora_config",

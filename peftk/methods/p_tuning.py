@@ -3,8 +3,7 @@ training by a bidirectional LSTM and an MLP over them (section 3.2), an MLP, or 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,10 @@ from peftk.methods.prompts import (
     is_count,
     is_probability,
 )
-from peftk.methods.word_init import check_ids, embedded, load_tokenizer, token_ids
+from peftk.methods.templates import special_id, split_template
+from peftk.methods.word_init import check_ids, embedded, following_ids, load_tokenizer, token_ids
 
 ENCODERS = ("MLP", "LSTM", "NONE")
-_SPECIAL = ("mask", "cls", "sep")
 
 
 @dataclass
@@ -132,15 +131,11 @@ class PTuningConfig(PromptConfig):
             return Template(self.template_parts)
         return None if self.positions is None else Positions(tuple(self.positions))
 
-    def _ids_of(self, word: str) -> list[int]:
-        """Of a template's words, or of a special token by its kind."""
-        if word not in _SPECIAL:
-            return token_ids(word, self.tokenizer, self.tokenizer_name_or_path)
-        tokenizer = load_tokenizer(self.tokenizer, self.tokenizer_name_or_path)
-        found = getattr(tokenizer, f"{word}_token_id", None)
-        if found is None:
-            raise ValueError(f"template: expected a tokenizer with a {word} token, got {type(tokenizer).__name__}")
-        return [found]
+    def _ids_of(self, kind: str, text: str, is_behind: bool) -> list[int]:
+        """Of a template's words, or of a special token."""
+        if kind == "words":
+            return (following_ids if is_behind else token_ids)(text, self.tokenizer, self.tokenizer_name_or_path)
+        return [special_id(text, load_tokenizer(self.tokenizer, self.tokenizer_name_or_path))]
 
 
 def _is_place(value: Any) -> bool:
@@ -151,29 +146,12 @@ def _is_place_or_none(value: Any) -> bool:
     return value is None or _is_place(value)
 
 
-def parse_template(template: str, ids_of: Any) -> list[list[Any]]:
-    """``[v]*2 {x} is a [mask]`` -> [["v", 2], ["x", None], ["ids", [...]]]. ValueError unless there is one {x} and some [v]."""
+def parse_template(template: str, ids_of: Callable[[str, str, bool], list[int]]) -> list[list[Any]]:
+    """``[v]*2 {x} is a [mask]`` -> [["v", 2], ["x", None], ["ids", [...]]]. ``ids_of(kind, text, is_behind)``, where something
+    may stand before. ValueError unless there is one {x} and some [v]."""
     parts: list[list[Any]] = []
-    words: list[str] = []
-
-    def close() -> None:
-        if words:
-            parts.append(["ids", ids_of(" ".join(words))])
-            words.clear()
-
-    for word in template.split():
-        if virtual_ones := re.fullmatch(r"\[v\](?:\*(\d+))?", word):
-            close()
-            parts.append(["v", int(virtual_ones.group(1) or 1)])
-        elif word == "{x}":
-            close()
-            parts.append(["x", None])
-        elif special := re.fullmatch(rf"\[({'|'.join(_SPECIAL)})\]", word.lower()):
-            close()
-            parts.append(["ids", ids_of(special.group(1))])
-        else:
-            words.append(word)
-    close()
+    for kind, what in split_template(template):
+        parts.append([kind, what] if kind in "vx" else ["ids", ids_of(kind, what, bool(parts))])
     if [kind for kind, _ in parts].count("x") != 1 or not any(kind == "v" and count for kind, count in parts):
         raise ValueError(f"template: expected one {{x}} and at least one [v], got {template!r}")
     return parts

@@ -24,6 +24,16 @@ def token_ids(text: str, tokenizer: Any, tokenizer_name: str | None = None, opti
     return ids
 
 
+def following_ids(text: str, tokenizer: Any, tokenizer_name: str | None = None) -> list[int]:
+    """Ids of ``text`` behind another word: byte-level and SentencePiece tokenizers keep the space before a word in its token.
+    Errors as in ``token_ids``; ValueError where the tokenizer joins the two words."""
+    tokenizer = load_tokenizer(tokenizer, tokenizer_name)
+    before, both = token_ids("a", tokenizer), token_ids(f"a {text}", tokenizer)
+    if both[: len(before)] != before or len(both) == len(before):
+        raise ValueError(f"tokenizer: expected tokens of {text!r} of their own behind another word, got {both}")
+    return both[len(before) :]
+
+
 def load_tokenizer(tokenizer: Any, name: str | None, options: dict | None = None) -> Any:
     """``tokenizer``, or transformers' of that name. ValueError where neither is given."""
     if tokenizer is not None:

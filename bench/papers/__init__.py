@@ -1,0 +1,1 @@
+"""The papers' own experiments, small, on real models and real text."""
