@@ -111,6 +111,17 @@ class AdamW(torch.optim.Optimizer):
         known = param if isinstance(param, str) else f"a tensor of shape {tuple(param.shape)}"
         raise KeyError(f"param: expected a parameter of this optimizer, or its name if it was given names, got {known}")
 
+    def cut_state(self, param: torch.Tensor, dim: int, index: torch.Tensor) -> None:
+        """Keep only ``index`` along ``dim`` of a parameter's moments; ``param`` has its new shape already (``peftk.compact``).
+        8-bit moments are decoded, cut and coded anew, in 32 bits where the parameter has become too small for 8."""
+        for group, name, p in self._all():
+            if p is not param or not moments.bits_of(self.state.get(p, {})):
+                continue
+            state = moments.converted(self.state.pop(p), 32)
+            cut = {key: state[key].index_select(dim, index.to(state[key].device)) for key in moments.NAMES32}
+            if p.numel():
+                self.state[p] = self._placed(p, group, state | cut, name)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter with a gradient; the loss where a closure computes it again."""
