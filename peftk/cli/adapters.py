@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 import peftk
@@ -20,7 +22,13 @@ BASES = ("dense", "nf4")
 # By name of the flag: what argparse is told. A flag that is given to a method which doesn't list it is refused.
 FLAGS: dict[str, dict[str, Any]] = {
     "r": {"type": flags.positive_int, "help": "rank"},
-    "alpha": {"type": flags.positive_float, "help": "the branch is scaled by alpha/r"},
+    "init_r": {"type": flags.positive_int, "help": "rank of every matrix at the start"},
+    "target_r": {"type": flags.positive_int, "help": "average rank at the end"},
+    "tinit": {"type": flags.non_negative_int, "help": "steps before the first pruning; None: a tenth of them"},
+    "tfinal": {"type": flags.non_negative_int, "help": "steps after the last pruning; None: three tenths of them"},
+    "delta_t": {"type": flags.positive_int, "help": "steps between two prunings"},
+    "orth_reg_weight": {"type": flags.non_negative_float, "help": "of the regulariser that keeps singular vectors apart"},
+    "alpha": {"type": flags.positive_float, "help": "the branch is scaled by alpha/r, or alpha/init_r"},
     "target_modules": {"nargs": "+", "metavar": "NAME", "help": "layers to adapt, or all-linear (all but the head)"},
     "dropout": {"type": flags.share, "help": "on the low-rank branch's input; on a prefix's keys and values"},
     "num_virtual_tokens": {
@@ -49,6 +57,7 @@ class Setting:
     tokenizer: Any
     labels: list[str] | None  # of the task's classes
     modules_to_save: list[str] | None  # modules of the model that are new
+    steps: int  # of the optimizer, in the whole run
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Method:
     lr: float
     flags: dict[str, Any]
     config: Callable[[argparse.Namespace, Setting], Any]
+    schedule: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None  # works in each step; has a state_dict
 
 
 def _shared(setting: Setting) -> dict[str, Any]:
@@ -70,14 +80,34 @@ def _shared(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _lora(arguments: argparse.Namespace, setting: Setting) -> peftk.LoraConfig:
+def _low_rank(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     targets = arguments.target_modules
-    return peftk.LoraConfig(
-        r=arguments.r,
-        lora_alpha=arguments.alpha,
-        lora_dropout=arguments.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    return {
+        "lora_alpha": arguments.alpha,
+        "lora_dropout": arguments.dropout,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
         **_shared(setting),
+    }
+
+
+def _lora(arguments: argparse.Namespace, setting: Setting) -> peftk.LoraConfig:
+    return peftk.LoraConfig(r=arguments.r, **_low_rank(arguments, setting))
+
+
+def _dora(arguments: argparse.Namespace, setting: Setting) -> peftk.LoraConfig:
+    return dataclasses.replace(_lora(arguments, setting), use_dora=True)
+
+
+def _adalora(arguments: argparse.Namespace, setting: Setting) -> peftk.AdaLoraConfig:
+    return peftk.AdaLoraConfig(
+        init_r=arguments.init_r,
+        target_r=arguments.target_r,
+        tinit=setting.steps // 10 if arguments.tinit is None else arguments.tinit,
+        tfinal=setting.steps * 3 // 10 if arguments.tfinal is None else arguments.tfinal,
+        deltaT=arguments.delta_t,
+        orth_reg_weight=arguments.orth_reg_weight,
+        total_step=setting.steps,
+        **_low_rank(arguments, setting),
     )
 
 
@@ -157,13 +187,21 @@ def _p_tuning(arguments: argparse.Namespace, setting: Setting) -> peftk.PTuningC
 _LENGTH = 20
 _FREQUENT = 5000  # of the lowest ids: tokenizers are trained so that these are the frequent ones
 _LOW_RANK = {"r": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": ["all-linear"]}
+_ADALORA = {
+    **{name: default for name, default in _LOW_RANK.items() if name != "r"},
+    **{"alpha": 24.0, "init_r": 12, "target_r": 8, "tinit": None, "tfinal": None, "delta_t": 1, "orth_reg_weight": 0.5},
+}
 _PROMPT = {"num_virtual_tokens": _LENGTH, "init": "vocab", "init_text": None}
 _PREFIX = {**_PROMPT, "prefix_projection": False, "encoder_hidden_size": None, "dropout": 0.0}
 _P_TUNING = {"num_virtual_tokens": None, "encoder": "mlp", "encoder_hidden_size": None, "template": None}
 
 METHODS = {
     "qlora": Method("LoRA on a 4-bit base", ("nf4",), 5e-4, _LOW_RANK, _lora),
-    "lora": Method("low-rank updates of the linear layers", ("dense", "nf4"), 5e-4, _LOW_RANK, _lora),
+    "lora": Method("low-rank updates of the linear layers", BASES, 5e-4, _LOW_RANK, _lora),
+    "dora": Method("LoRA that trains each row's length apart", BASES, 5e-4, _LOW_RANK, _dora),
+    "adalora": Method(
+        "low-rank updates whose ranks go where they matter", BASES, 1e-3, _ADALORA, _adalora, peftk.adalora_schedule
+    ),
     "prefix": Method("trained keys and values in every layer", BASES, 1e-2, _PREFIX, _prefix),
     "prompt": Method("trained vectors in front of the input", BASES, 3e-2, _PROMPT, _prompt),
     "ptuning": Method("trained vectors among the input, made by an encoder", BASES, 5e-3, _P_TUNING, _p_tuning),

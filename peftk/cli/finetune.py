@@ -17,6 +17,7 @@ from peftk.cli.errors import UserError
 from peftk.cli.memory import keep_freed_memory, peak_bytes, readable
 from peftk.cli.models import DTYPES, MODEL_HELP, Opened, open_for, resolve_device, resolve_dtype
 from peftk.cli.prepare import kept_dense, prepare_base
+from peftk.cli.rank_plot import draw_ranks
 from peftk.cli.tasks import TASKS, Task
 from peftk.cli.training import SCHEDULES, Data, Plan, Progress, train
 from peftk.methods.prompts import max_positions
@@ -114,13 +115,14 @@ def run(arguments: argparse.Namespace) -> None:
     records = task.read(arguments.data)
     labels = task.labels(records) if task.labels else None
     opened = open_for(task.task_type, arguments.model, labels)
-    config = _config(arguments, task, opened, labels)
     split = arguments.seq_len, arguments.eval_fraction, arguments.seed
+    _check_length(arguments, opened)
     data, held_out = task.encode(records, opened.tokenizer, opened.model, *split)
+    plan = _plan(arguments, len(data))
+    config = _config(arguments, task, opened, labels, plan)
     run_ = {"peftk": peftk.info().versions["peftk"], "settings": settings}
     if labels is not None:
         run_["labels"] = [opened.model.config.id2label[i] for i in range(opened.model.config.num_labels)]
-    plan = _plan(arguments, len(data))
     checkpoint = None if arguments.overwrite else resume.latest_checkpoint(out)
     torch.manual_seed(plan.seed)
     prepare_base(opened.model, arguments.base, dtype, device, kept_dense(task.task_type, opened.new))
@@ -145,8 +147,10 @@ def _train(
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=plan.lr, weight_decay=plan.weight_decay)
+    schedule_of = adapters.METHODS[arguments.method].schedule
+    schedule = schedule_of(model, optimizer) if schedule_of else None
     loss = task.loss(model)
-    progress = resume.restore(checkpoint, optimizer) if checkpoint else Progress()
+    progress = resume.restore(checkpoint, optimizer, schedule) if checkpoint else Progress()
     if checkpoint:
         print(f"resuming after step {progress.step} of {plan.steps}")
     device, dtype = resolve_device(arguments.device), next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -164,7 +168,7 @@ def _train(
             plan,
             progress,
             losses.append,
-            lambda position: resume.save_checkpoint(out, model, optimizer, position),
+            lambda position: resume.save_checkpoint(out, model, optimizer, position, schedule),
             lambda: task.measure(loss, held_out, arguments, opened.tokenizer),
         )
     finally:
@@ -183,15 +187,20 @@ def _settings(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.d
     return settings
 
 
-def _config(arguments: argparse.Namespace, task: Task, opened: Opened, labels: list[str] | None) -> Any:
+def _config(arguments: argparse.Namespace, task: Task, opened: Opened, labels: list[str] | None, plan: Plan) -> Any:
     """The adapter's config. UserError where the longest sequence leaves it no room."""
-    setting = adapters.Setting(task.task_type, arguments.model, opened.model, opened.tokenizer, labels, list(opened.new) or None)
+    new = list(opened.new) or None
+    setting = adapters.Setting(task.task_type, arguments.model, opened.model, opened.tokenizer, labels, new, plan.steps)
     config = adapters.make_config(arguments, setting)
-    longest, added = max_positions(opened.model), adapters.positions_taken(config)
-    if longest is not None and arguments.seq_len + added > longest:
-        taken = f" and the {added} virtual ones of --method {arguments.method}" if added else ""
-        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens{taken and ', these' + taken}")
+    _check_length(arguments, opened, adapters.positions_taken(config))
     return config
+
+
+def _check_length(arguments: argparse.Namespace, opened: Opened, added: int = 0) -> None:
+    longest = max_positions(opened.model)
+    if longest is not None and arguments.seq_len + added > longest:
+        taken = f", these and the {added} virtual ones of --method {arguments.method}" if added else ""
+        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens{taken}")
 
 
 def _plan(arguments: argparse.Namespace, sequences: int) -> Plan:
@@ -249,6 +258,8 @@ def _finish(out: Path, model: nn.Module, progress: Progress, run_: dict[str, Any
     settings = run_["settings"]
     title = f"{settings['model']}, {settings['method']}"
     output.draw_losses(out, progress.rows, title, task.unit)
+    if settings["method"] == "adalora":
+        draw_ranks(out / "ranks.png", peftk.rank_allocator(model).history, last_step=progress.step)
     output.write_run(out, {**run_, "summary": summary})
     shutil.rmtree(out / output.CHECKPOINTS, ignore_errors=True)
     _print_summary(out, summary)

@@ -13,6 +13,8 @@ from peftk.cli.errors import UserError
 KINDS = {
     "qlora": peftk.LoraConfig,
     "lora": peftk.LoraConfig,
+    "dora": peftk.LoraConfig,
+    "adalora": peftk.AdaLoraConfig,
     "prefix": peftk.PrefixTuningConfig,
     "prompt": peftk.PromptTuningConfig,
     "ptuning": peftk.PTuningConfig,
@@ -30,14 +32,14 @@ def parsed(method: str, *flags: str) -> argparse.Namespace:
 
 
 def config(method: str, *flags: str, labels=None, task="SEQ_CLS", tokenizer=None):
-    return make_config(parsed(method, *flags), Setting(task, "base", tiny.gpt2(), tokenizer, labels, None))
+    return make_config(parsed(method, *flags), Setting(task, "base", tiny.gpt2(), tokenizer, labels, None, 50))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_its_config_of_its_defaults(method, tokenizer):
     made = config(method, tokenizer=tokenizer)
     assert type(made) is KINDS[method] and made.task_type == "SEQ_CLS" and made.base_model_name_or_path == "base"
-    assert positions_taken(made) == (0 if "lora" in method else 20)
+    assert positions_taken(made) == (0 if isinstance(made, peftk.LoraConfig) else 20)
     assert set(METHODS[method].flags) <= set(FLAGS)
 
 

@@ -40,14 +40,17 @@ def say(capsys, *flags) -> str:
     ("task", "method", "flags", "share"),  # the most that the loss is after, as a share of before
     [
         ("classification", "lora", [], 0.5),
+        ("classification", "adalora", ["--init-r", 4, "--target-r", 2], 0.9),
         ("classification", "prompt", ["--init", "labels"], 1.05),
         ("classification", "ptuning", ["--template", "[v]*3 {x} [v] the", "--encoder", "lstm", "--encoder-hidden-size", 8], 1.05),
         ("token-classification", "qlora", [], 0.3),
         ("token-classification", "ptuning", ["--num-virtual-tokens", 4], 0.3),
         ("token-classification", "ptuning-v2", ["--num-virtual-tokens", 4], 0.3),
+        ("token-classification", "dora", ["--base", "nf4"], 0.3),
         ("seq2seq", "qlora", ["--eval-generate", 4], 0.8),
+        ("seq2seq", "adalora", ["--eval-generate", 4, "--base", "nf4"], 0.95),
         ("seq2seq", "prompt", ["--eval-generate", 4], 1.0),
-        ("audio", "lora", ["--eval-generate", 4], 0.8),
+        ("audio", "dora", ["--eval-generate", 4], 0.8),
         ("audio", "prefix", ["--eval-generate", 4, "--num-virtual-tokens", 4, "--base", "nf4"], 1.0),
         ("audio", "prompt", ["--eval-generate", 4, "--num-virtual-tokens", 4], 1.0),
     ],
@@ -57,7 +60,7 @@ def test_a_run_learns_measures_and_answers(task, method, flags, share, task_fold
     out = tmp_path / "out"
     data = tm.records(task, tmp_path, 40)
     steps = 40 if "classification" in task else 12
-    rate = 5e-3 if "lora" in method or task == "classification" else 5e-2
+    rate = 3e-2 if method == "adalora" else 5e-3 if method.endswith("ora") or task == "classification" else 5e-2
     assert start(task, task_folders[task], data, out, "--method", method, "--steps", steps, "--lr", rate, *flags) == 0
     printed = capsys.readouterr().out
     rows = rows_of(out)
@@ -81,6 +84,7 @@ def test_a_run_learns_measures_and_answers(task, method, flags, share, task_fold
         assert run["labels"] == ["O", "ANIMAL", "PLANT"]
         assert said == "a\tO\nhorse\tANIMAL\nthat\tO\nlives\tO"
     assert (out / "peftk_encoder.safetensors").exists() == (method == "ptuning")
+    assert (out / "ranks.png").exists() == (method == "adalora")
 
 
 def test_the_metric_is_what_the_published_adapter_gives_and_hf_peft_too(task_folders, tmp_path):  # noqa: F811
@@ -135,6 +139,12 @@ def test_prompts_learn_a_text(method, model_folder, text_file, tmp_path, fresh_m
     [
         ("classification", ["--method", "ptuning-v2", "--prefix-projection", "--encoder-hidden-size", 8, "--dropout", 0.2]),
         ("audio", ["--method", "lora", "--dropout", 0.2]),
+        ("classification", ["--method", "dora", "--dropout", 0.2]),
+        (
+            "classification",
+            ["--method", "adalora", "--dropout", 0.2, "--init-r", 4, "--target-r", 2, "--tinit", 1, "--tfinal", 4],
+        ),
+        ("seq2seq", ["--method", "adalora", "--dropout", 0.2, "--init-r", 4, "--target-r", 2, "--tfinal", 1]),
         ("token-classification", ["--method", "ptuning", "--encoder", "lstm", "--encoder-hidden-size", 8]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],
