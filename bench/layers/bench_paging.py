@@ -10,11 +10,12 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from bench.goals import Goal
-from bench.measure import Candidate, Case, Work
+from bench.measure import Candidate, Case, Work, relative_error
 from peftk.optim import AdamW
 from peftk.paging import stats
 
@@ -25,32 +26,44 @@ SETTLED = 3  # steps until the window knows the period of a step
 UNPAGED, DISK = "peftk unpaged", "disk, the same bytes"
 
 
+class Stepping:
+    """Steps of an optimizer of its own over one parameter of 4 * size x size; the same for the same seed."""
+
+    def __init__(self, size: int, **options: Any) -> None:
+        self.size, self.steps = size, 0
+        generator = torch.Generator().manual_seed(0)
+        self.parameter = torch.nn.Parameter(torch.randn(4 * size, size, generator=generator))
+        self.parameter.grad = torch.randn(4 * size, size, generator=generator)
+        self.optimizer = AdamW([self.parameter], **options)
+
+    def __call__(self) -> torch.Tensor:
+        self.optimizer.step()
+        self.steps += 1
+        return self.parameter.detach()
+
+    def error(self, result: torch.Tensor) -> float:
+        """Against as many steps without paging: 0, as paging moves bytes."""
+        twin = Stepping(self.size)
+        for _ in range(self.steps):
+            expected = twin()
+        return relative_error(result, expected)
+
+
 def cases(size: int) -> Iterator[Case]:
     shape, count = f"{4 * size}x{size} fp32", 4 * size * size
     work = Work(read=16 * count, write=12 * count, flop=15 * count, dtype=torch.float32)
-    whole = Candidate("peftk", stepping(size, paged=True, budget=2 * 8 * count))
-    yield Case(f"enough budget, {shape}", work, [whole, Candidate(UNPAGED, stepping(size))], Goal(UNPAGED, 1 / 1.05))
-    half = stepping(size, paged=True, budget=4 * count)
+    enough = Stepping(size, paged=True, budget=2 * 8 * count)
+    candidates = [Candidate("peftk", enough, enough.error), Candidate(UNPAGED, Stepping(size))]
+    yield Case(f"enough budget, {shape}", work, candidates, Goal(UNPAGED, 1 / 1.05))
+    half = Stepping(size, paged=True, budget=4 * count)
     for _ in range(SETTLED):
         half()
     before = stats()
     half()
     out, into = stats().bytes_out - before.bytes_out, stats().bytes_in - before.bytes_in
     moved = Work(read=into, write=out)
-    candidates = [Candidate("peftk", half), Candidate(DISK, streaming(out, into), work=moved)]
+    candidates = [Candidate("peftk", half, half.error), Candidate(DISK, streaming(out, into))]
     yield Case(f"half of the budget, {shape}, {(out + into) / 1e6:.0f} MB moved", moved, candidates, Goal(DISK, 0.7))
-
-
-def stepping(size: int, **options: object) -> Callable[[], None]:
-    """A step of an optimizer of its own over one parameter of 4 * size x size."""
-    parameter = torch.nn.Parameter(torch.randn(4 * size, size))
-    parameter.grad = torch.randn_like(parameter)
-    optimizer = AdamW([parameter], **options)
-
-    def step() -> None:
-        optimizer.step()
-
-    return step
 
 
 def streaming(out: int, into: int) -> Callable[[], None]:
