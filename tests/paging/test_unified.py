@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
 
 
 class Mock:
+    mode: int  # 0: work waits until it is waited for; 1: side streams run ahead
+
     def __init__(self, path: Path) -> None:
         self.driver = Driver(str(path))
         self.library = self.driver._library
@@ -58,7 +60,8 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def mock(library: Path, request: pytest.FixtureRequest) -> Mock:
     gc.collect()
     mock = Mock(library)
-    mock.library.mock_reset(["lazy", "eager"].index(request.param), 1, LIMIT)
+    mock.mode = ["lazy", "eager"].index(request.param)
+    mock.library.mock_reset(mock.mode, 1, LIMIT)
     return mock
 
 
@@ -93,7 +96,7 @@ def test_each_kernel_finds_its_pages_and_the_budget_holds(mock: Mock):
 
 
 def test_enough_budget_moves_everything_once(mock: Mock):
-    mock.library.mock_reset(0, 1, 8 * BUDGET)
+    mock.library.mock_reset(mock.mode, 1, 8 * BUDGET)
     states = train(mock, mock.pager(8 * BUDGET))
     assert right(states) and mock.counts()["bytes_out"] == 0
 
@@ -167,7 +170,7 @@ def test_a_broken_device_is_no_refusal(mock: Mock):
 
 
 def test_without_concurrent_access_two_pinned_buffers(mock: Mock):
-    mock.library.mock_reset(0, 0, LIMIT)
+    mock.library.mock_reset(mock.mode, 0, LIMIT)
     pager = mock.pager()
     states = train(mock, pager)
     assert right(states) and mock.counts()["errors"] == 0
@@ -188,7 +191,7 @@ def test_without_concurrent_access_two_pinned_buffers(mock: Mock):
 
 
 def test_a_copy_fetched_ahead_is_not_used_after_a_change(mock: Mock):
-    mock.library.mock_reset(0, 0, LIMIT)
+    mock.library.mock_reset(mock.mode, 0, LIMIT)
     pager = mock.pager()
     a, b = (pager.empty(1000, torch.float32) for _ in range(2))
     with pager.resident([a], upcoming=[b]):
@@ -202,7 +205,7 @@ def test_a_copy_fetched_ahead_is_not_used_after_a_change(mock: Mock):
 
 
 def test_no_pinned_memory(mock: Mock):
-    mock.library.mock_reset(0, 0, LIMIT)
+    mock.library.mock_reset(mock.mode, 0, LIMIT)
     pager = mock.pager()
     mock.library.mock_fail(b"cuMemHostAlloc", 2, 0)
     with pytest.raises(MemoryError, match=r"no 40 bytes of pinned memory: cuMemHostAlloc: out of memory"):
