@@ -33,7 +33,7 @@ def cases(size: int) -> Iterator[Case]:
                 f"m={m}, {NAMES[x.dtype]}, {kind}, {size}x{size}, r={RANK}, forward",
                 forward_work(x, size, stored),
                 [
-                    candidate("peftk, merged", peftk.merge(adapted(layer, kind)), x),
+                    candidate("peftk", peftk.merge(adapted(layer, kind)), x),
                     candidate(BASE, nn.Sequential(BASES[kind](layer)), x),
                     candidate("peftk, adapter beside", adapted(layer, kind), x),
                 ],

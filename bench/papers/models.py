@@ -12,7 +12,7 @@ from torch import nn
 
 import peftk
 from peftk.cli.errors import UserError
-from peftk.cli.models import SMOLLM2, open_model
+from peftk.cli.models import open_model
 
 HEADS = {"sequence": "BertForSequenceClassification", "token": "BertForTokenClassification"}
 
@@ -22,7 +22,7 @@ class RealModels:
 
     def generator(self) -> tuple[nn.Module, Any]:
         """(causal language model, tokenizer)"""
-        model, tokenizer = open_model(SMOLLM2)
+        model, tokenizer = open_model("smollm2")
         return peftk.quantize_model(model.bfloat16(), progress=False).eval(), tokenizer
 
     def encoder(self, head: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:

@@ -117,7 +117,7 @@ def test_forced_goals_are_not_to_be_slower():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name: expected some of blockwise8_dequantize, .* or all, got none"),
+        ([], "name: expected some of adamw_step, .* or all, got none"),
         (["nf4_linear", "gemm"], "or all, got gemm"),
         (["nf4_linear", "--repeat", "0"], "expected positive numbers, got 2 and 0"),
         (["nf4_linear", "--record", "--skip-tests"], "--record: expected tests and --size 4096"),

@@ -81,13 +81,16 @@ __device__ __forceinline__ void decode(const float* values, const Codes& codes, 
   for (int i = 0; i < kOwn8; i++) x[i] = __fmul_rn(values[codes[i / 4] >> 8 * (i % 4) & 255u], absmax);
 }
 
-// A block's constant: of nothing above the denormals it is 0, since 1 / absmax may be infinite there.
 struct Absmax {
   float value, reciprocal;
-
-  __device__ __forceinline__ explicit Absmax(std::uint32_t most)
-      : value(most < 0x00800000u ? 0.0f : __uint_as_float(most)), reciprocal(value == 0.0f ? 0.0f : __frcp_rn(value)) {}
 };
+
+// A block's constant: of nothing above the denormals it is 0, since 1 / absmax may be infinite there. No constructor: nvcc leaves
+// its initializers in the code for the host, which has no __frcp_rn.
+__device__ __forceinline__ Absmax absmax_of(std::uint32_t most) {
+  const float value = most < 0x00800000u ? 0.0f : __uint_as_float(most);
+  return {value, value == 0.0f ? 0.0f : __frcp_rn(value)};
+}
 
 template <bool kSigned>
 __device__ __forceinline__ void encode(const CodeTables& tables, const float (&x)[kOwn8], float reciprocal, Codes& codes) {
@@ -127,7 +130,7 @@ __device__ __forceinline__ void step_block(const CodeTables& tables, const Coeff
   }
   store_own<kWhole>(param, left, p);
 
-  const Absmax new1(warp_max(most1)), new2(warp_max(most2));
+  const Absmax new1 = absmax_of(warp_max(most1)), new2 = absmax_of(warp_max(most2));
   encode<true>(tables, m, new1.reciprocal, codes1);
   encode<false>(tables, v, new2.reciprocal, codes2);
   store_codes<kWhole>(at.state1 + first, left, codes1);
