@@ -246,10 +246,8 @@ def adamw_step_cases(device: Device, shapes: Shapes = ((16384, 4096),)) -> Itera
         yield adamw_step_case(device, name, adamw.LORA, torch.float32, bits, CALLS)
 
 
-def adamw_step_case(
-    device: Device, name: str, shapes: Shapes, dtype: torch.dtype, bits: int, calls: int = 1
-) -> GpuCase:  # fmt: skip
-    """Ours beside torch's fused step, whose moments are in the parameters' dtype, and bitsandbytes' of the same bits."""
+def adamw_step_case(device: Device, name: str, shapes: Shapes, dtype: torch.dtype, bits: int, calls: int = 1) -> GpuCase:
+    """Ours beside bitsandbytes' step of the same bits, torch's fused one with moments of the parameters' dtype, a copy."""
     count, width = sum(rows * columns for rows, columns in shapes), dtype.itemsize
     work, dense = (Work((2 * width + state) * count, (width + state) * count) for state in (bits // 4, 2 * width))
 
@@ -260,32 +258,40 @@ def adamw_step_case(
         return made
 
     def bitsandbytes() -> peers.Run:
-        from bitsandbytes import optim
-
+        optim = importlib.import_module("bitsandbytes.optim")
         return (optim.AdamW32bit if bits == 32 else optim.AdamW8bit)(parameters(), **adamw.OPTIONS).step
 
-    mine = [(implementation, why_not(["adamw_step"], implementation)) for implementation in device.implementations]
+    mine = [(who, why_not(["adamw_step"], who)) for who in device.implementations]
     candidates = [
         *(
-            Forced(f"peftk {who}", None if why else kernel_step(parameters(), bits), note=why, implementation=who)
+            Forced(f"peftk {who}", note=why, implementation=who) if why else kernel_step(who, parameters(), bits)
             for who, why in mine
         ),
         peers.candidate("bitsandbytes", [peers.BITSANDBYTES], bitsandbytes),
         Candidate(adamw.TORCH, torch.optim.AdamW(parameters(), fused=True, **adamw.OPTIONS).step, work=dense),
+        dense_copy(torch.zeros(count, dtype=dtype, device=device.place)),
     ]
     return GpuCase(name, work, candidates, ours=len(mine), calls=calls)
 
 
-def kernel_step(params: list[torch.nn.Parameter], bits: int) -> peers.Run:
-    """The op on states that lie ready."""
-    hyper = dict(step=10, lr=1e-5, weight_decay=0.01)
-    grads = [p.grad for p in params]
+def kernel_step(who: str, params: list[torch.nn.Parameter], bits: int) -> Forced:
+    """The op on states that lie ready. Error: of the first parameter after the first step from moments of zero, which goes lr
+    along the gradient's sign."""
+    lr, grads, before = 0.1, [p.grad for p in params], params[0].detach().double()
+    truth = before * (1 - lr * adamw.OPTIONS["weight_decay"]) - lr * grads[0].double().sign()
+    hyper = dict(step=1, lr=lr, weight_decay=adamw.OPTIONS["weight_decay"])
     if bits == 32:
-        moments = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
-        return lambda: adamw_step(params, grads, *moments, **hyper)
-    codes = [[torch.full_like(p, zero_code8(signed), dtype=torch.uint8) for p in params] for signed in (True, False)]
-    absmax = [[torch.zeros(-(-p.numel() // STATE_BLOCK), device=p.device) for p in params] for _ in range(2)]
-    return lambda: adamw_step8(params, grads, *codes, *absmax, **hyper)
+        step, states = adamw_step, [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
+    else:
+        step, states = adamw_step8, [
+            *([torch.full_like(p, zero_code8(signed), dtype=torch.uint8) for p in params] for signed in (True, False)),
+            *([torch.zeros(-(-p.numel() // STATE_BLOCK), device=p.device) for p in params] for _ in range(2)),
+        ]  # fmt: skip
+
+    def error(_: Any) -> float:
+        return relative_error(params[0].detach(), truth)
+
+    return Forced(f"peftk {who}", lambda: step(params, grads, *states, **hyper), error, implementation=who)
 
 
 CASES: dict[str, Callable[..., Iterator[GpuCase]]] = {

@@ -51,6 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
     """Every op's cases, of small matrices."""
     monkeypatch.setattr(cases, "FORWARD_ROWS", {torch.bfloat16: (1, 16), torch.float16: (4,)})
     monkeypatch.setattr(cases, "TRAINING_ROWS", (16,))
+    monkeypatch.setattr(cases.adamw, "LORA", cases.adamw.LORA[:4])
     monkeypatch.setattr(measure, "WARM_UP", 1)
     monkeypatch.setattr(run, "CASES", {op: functools.partial(make, shapes=SMALL[:1]) for op, make in cases.CASES.items()})
 
@@ -109,7 +110,7 @@ def test_everything_is_measured_recorded_and_drawn(
     monkeypatch.setattr(run, "run_tests", lambda ops: print("tested:", *ops))
     main("--record", "--plot", str(tmp_path / "plot"), "--repeat", "8", results=tmp_path)
     printed = capsys.readouterr().out
-    assert printed.startswith("tested: blockwise8_dequantize blockwise8_quantize nf4_dequantize nf4_linear")
+    assert printed.startswith("tested: adamw_step blockwise8_dequantize blockwise8_quantize nf4_dequantize nf4_linear")
     with (tmp_path / "fake-gpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == report.COLUMNS == (*tables.COLUMNS, *report.FACTS, *report.OWN)
@@ -228,7 +229,7 @@ def test_without_a_gpu_they_are_skipped_with_reasons_and_without_the_mark_desele
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["gemm"], "op: expected some of blockwise8_dequantize, .*, got gemm"),
+        (["gemm"], "op: expected some of adamw_step, .*, got gemm"),
         (["--repeat", "0"], "--repeat: expected a positive number, got 0"),
         (["--record", "--skip-tests"], "--record: expected tests"),
     ],
