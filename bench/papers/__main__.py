@@ -1,4 +1,5 @@
-"""python -m bench.papers [EXPERIMENT ...]: run the papers' experiments; ``fetch`` and ``convert`` get and hand on the corpora."""
+"""python -m bench.papers [EXPERIMENT ...]: run the papers' experiments; ``fetch`` and ``convert`` get and hand on the corpora,
+``readme`` writes the README's table of methods."""
 
 from __future__ import annotations
 
@@ -9,14 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.papers import convert, corpora, record
+from bench.papers import convert, corpora, record, seven_methods
 from bench.papers.models import RealModels, TinyModels
 from bench.papers.run import Bench, Experiment, run
 from bench.papers.texts import Sample, Texts, words_of
 from bench.report import Provenance
 from peftk.cli.errors import UserError
 
-EXPERIMENTS = ("probing", "prompt_encoder", "prefix_variants", "reparametrisation", "prompt_length", "prompt_init", "ensemble")
+EXPERIMENTS = (
+    *("probing", "prompt_encoder", "prefix_variants", "reparametrisation", "prompt_length", "prompt_init", "ensemble"),
+    *("lora_rank", "adalora_budget", "qlora_gap", "seven_methods"),
+)
 
 
 def experiment(name: str) -> Experiment:
@@ -26,7 +30,9 @@ def experiment(name: str) -> Experiment:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.papers", description=__doc__.split(":")[0])
-    made.add_argument("what", nargs="*", help=f"experiments: {', '.join(EXPERIMENTS)} (all of them); or fetch; or convert NAME")
+    made.add_argument(
+        "what", nargs="*", help=f"experiments: {', '.join(EXPERIMENTS)} (all of them); or fetch; or convert NAME; or readme"
+    )
     made.add_argument("--corpora", type=Path, default=corpora.cache_folder(), help="unpacked Debian packages (%(default)s)")
     made.add_argument("--archives", type=Path, help="fetch: a folder with the .deb files, instead of apt-get download")
     made.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
@@ -44,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("unpacked:", ", ".join(corpora.fetch(flags.corpora, flags.archives)) or "nothing, all is there")
         elif flags.what[:1] == ["convert"]:
             _convert(flags)
+        elif flags.what[:1] == ["readme"]:
+            seven_methods.write_readme()
         else:
             _run(flags)
     except (UserError, OSError, RuntimeError, ValueError) as error:

@@ -52,14 +52,14 @@ def rows(bench: Bench, experiment: Experiment, seed: int) -> Iterator[Row]:
             torch.manual_seed(seed * VOTES + i)
             peftk.attach(model, config, adapter_name=name)
         peftk.set_adapter(model, names)
-        loss = train(model, SideBySide(task, names, seed), VOCABULARY, seed, bench.quick)
+        training = train(model, SideBySide(task, names, seed), bench.shortened(VOCABULARY), seed)
         count = sum(parameter.numel() for parameter in peftk.trainable_parameters(model)) // VOTES
         alone, together = answers(model.eval(), task, names)
     finally:
         peftk.detach(model)
     seconds = time.perf_counter() - start
     for line, score in ((MEAN, sum(alone) / VOTES), (BEST, max(alone)), (VOTE, together)):
-        yield Row(line, seed, f"{task.metric}, whole vocabulary", score, loss, count, seconds)
+        yield Row(line, seed, f"{task.metric}, whole vocabulary", score, training.loss, count, seconds)
 
 
 @torch.no_grad()

@@ -20,10 +20,11 @@ HEADS = {"sequence": "BertForSequenceClassification", "token": "BertForTokenClas
 class RealModels:
     """SmolLM2-135M in NF4 and bf16, MiniLM (6 layers, 22M) in fp32."""
 
-    def generator(self) -> tuple[nn.Module, Any]:
-        """(causal language model, tokenizer)"""
+    def generator(self, dense: bool = False) -> tuple[nn.Module, Any]:
+        """(causal language model, tokenizer); ``dense``: in bf16 throughout"""
         model, tokenizer = open_model("smollm2")
-        return peftk.quantize_model(model.bfloat16(), progress=False).eval(), tokenizer
+        model = model.bfloat16()
+        return (model if dense else peftk.quantize_model(model, progress=False)).eval(), tokenizer
 
     def encoder(self, head: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
         """(BERT with a fresh head of HEADS, tokenizer)"""
@@ -51,8 +52,8 @@ class TinyModels:
     def __init__(self, words: Sequence[str]):
         self.words = words
 
-    def generator(self) -> tuple[nn.Module, Any]:
-        """(Llama, tokenizer)"""
+    def generator(self, dense: bool = True) -> tuple[nn.Module, Any]:
+        """(Llama, tokenizer); in fp32 throughout, whatever is asked"""
         import transformers
 
         tokenizer = self._tokenizer()

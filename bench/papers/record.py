@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import report
 from bench.papers.run import Experiment, Row
 from bench.report import Provenance, number, write_csv
 from peftk.atomic import write_file
 
 WHERE = ("date", "commit", "machine", "threads", "torch", "peftk")
 FIGURES = ("experiment", "task", "line", "x", "seed", "metric", "score", "train_loss", "parameters", "steps", "rate", "seconds")
-COLUMNS = (*WHERE, *FIGURES)
+FIRST_COLUMNS = (*WHERE, *FIGURES)  # of the files before the others came
+COLUMNS = (*FIRST_COLUMNS, "step_ms")
 RESULTS = Path(__file__).parent / "results"
 
 
 def write(experiment: Experiment, rows: Sequence[Row], provenance: Provenance, folder: Path = RESULTS) -> list[Path]:
-    """``<experiment>.csv``, ``.md`` and ``.png`` in ``folder``, in place of older ones."""
+    """``<experiment>.csv``, ``.md``, ``.png`` and its further pictures in ``folder``, in place of older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / experiment.name
     where = {name: cell for name, cell in provenance.cells().items() if name in WHERE}
     write_csv(base.with_suffix(".csv"), COLUMNS, [where | cells(experiment, row) for row in rows])
     write_file(base.with_suffix(".md"), markdown(experiment, rows, provenance).encode())
     plot(experiment, rows, base.with_suffix(".png"))
-    return [base.with_suffix(suffix) for suffix in (".csv", ".md", ".png")]
+    further = [folder / f"{experiment.name}_{key}.png" for key in experiment.pictures]
+    for path, draw in zip(further, experiment.pictures.values(), strict=True):
+        draw(rows, path)
+    return [*(base.with_suffix(suffix) for suffix in (".csv", ".md", ".png")), *further]
 
 
 def cells(experiment: Experiment, row: Row) -> dict[str, str]:
@@ -44,16 +48,13 @@ def cells(experiment: Experiment, row: Row) -> dict[str, str]:
         "steps": str(candidate.steps if row.loss is not None else 0),
         "rate": number(candidate.rate),
         "seconds": f"{row.seconds:.1f}",
+        "step_ms": number(row.step_seconds, 1e3),
     }
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV. ValueError where its columns are others."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(reader.fieldnames or ())}")
-        return list(reader)
+    return report.read(path, (COLUMNS, FIRST_COLUMNS))
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -87,6 +88,8 @@ def markdown(experiment: Experiment, rows: Sequence[Row], provenance: Provenance
         seconds = statistics.fmean(row.seconds for row in group)
         told = (f"`{task}`, {metric}", name, spread([row.score for row in group]), each, *trained, f"{seconds:.0f}")
         lines.append("| " + " | ".join(map(str, told)) + " |")
+    if experiment.conclusion is not None:
+        lines += ["", experiment.conclusion(rows)]
     return "\n".join([*lines, "", f"{provenance}.", ""])
 
 
@@ -112,7 +115,13 @@ def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
             axis.invert_yaxis()
             axis.set_xlabel(panel[1])
         else:
-            axis.errorbar([group[0].line.x for group in shown.values()], means, yerr=errors, marker="o", capsize=3)
+            firsts = [group[0].line for group in shown.values()]
+            for curve in dict.fromkeys(line.curve for line in firsts):
+                points = [point for point in zip(firsts, means, errors, strict=True) if point[0].curve == curve]
+                heights, bars = [point[1] for point in points], [point[2] for point in points]
+                axis.errorbar([point[0].x for point in points], heights, yerr=bars, marker="o", capsize=3, label=curve)
+            if firsts[0].curve:
+                axis.legend(fontsize=7)
             axis.set_xscale("log", base=2)
             axis.set_xlabel(experiment.axis)
             axis.set_ylabel(panel[1])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import peftk
-from bench.papers.candidates import Candidate
+from bench.papers.candidates import Candidate, OwnParameters
 from bench.papers.tasks import QUICK, TASKS
 from peftk.progress import track
 
@@ -27,6 +30,7 @@ class Line:
     name: str
     candidate: Candidate
     x: float | None = None
+    curve: str = ""  # lines of one curve are joined in the plot
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Experiment:
     lines: Sequence[Line]
     axis: str | None = None  # what x is
     rows: Callable[[Bench, Experiment, int], Iterator[Row]] | None = None
+    conclusion: Callable[[Sequence[Row]], str] | None = None  # markdown below the table: what follows from the rows
+    pictures: Mapping[str, Callable[[Sequence[Row], Path], None]] = field(default_factory=dict)  # by <name>_<key>.png
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,16 @@ class Row:
     loss: float | None  # of the last tenth of the steps, in training; None where nothing is trained
     parameters: int
     seconds: float
+    step_seconds: float | None = None  # of a training step, their median
+    ranks: Mapping[str, int] | None = None  # AdaLoRA's by matrix, at the end
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training came to."""
+
+    loss: float  # mean of the last tenth of the steps
+    step_seconds: float  # median
 
 
 @dataclass
@@ -73,35 +89,64 @@ class Bench:
 
     def measure(self, line: Line, seed: int) -> Row:
         """Train and score a line's candidate, or say what came out the last time."""
-        if (line.candidate, seed) not in self.done:
-            self.done[line.candidate, seed] = self._measured(line, seed)
-        return replace(self.done[line.candidate, seed], line=line)
+        key = line.candidate, seed if line.candidate.steps else 0  # what isn't trained is the same for every seed
+        if key not in self.done:
+            self.done[key] = self._measured(line, seed)
+        return replace(self.done[key], line=line, seed=seed)
+
+    def shortened(self, candidate: Candidate) -> Candidate:
+        """As it is trained here: QUICK_STEPS steps in a smoke run."""
+        return replace(candidate, steps=min(candidate.steps, QUICK_STEPS)) if self.quick else candidate
 
     def _measured(self, line: Line, seed: int) -> Row:
         start = time.perf_counter()
-        config, task = line.candidate.prepare(self.task(line.candidate.task))
+        candidate = self.shortened(line.candidate)
+        config, task = candidate.prepare(self.task(candidate.task))
         model = task.fresh(seed)
         if config is None:
             return Row(line, seed, task.metric, task.score(model), None, 0, time.perf_counter() - start)
         torch.manual_seed(seed)
-        peftk.attach(model, config)
-        try:
-            loss = train(model, task, line.candidate, seed, self.quick)
+        is_adalora = isinstance(config, peftk.AdaLoraConfig)
+        with tuned(model, config):
+            training = train(model, task, candidate, seed, peftk.adalora_schedule if is_adalora else None)
             score = task.score(model.eval())
             count = sum(parameter.numel() for parameter in peftk.trainable_parameters(model))
-        finally:
-            peftk.detach(model)
-        return Row(line, seed, task.metric, score, loss, count, time.perf_counter() - start)
+            ranks = peftk.rank_allocator(model).ranks() if is_adalora else None
+        seconds = time.perf_counter() - start
+        return Row(line, seed, task.metric, score, training.loss, count, seconds, training.step_seconds, ranks)
 
 
-def train(model: nn.Module, task: Any, candidate: Candidate, seed: int, quick: bool = False) -> float:
-    """AdamW on what is trainable; the order of the records is the seed's. Returns the mean loss of the last tenth of steps."""
-    steps = QUICK_STEPS if quick else candidate.steps
+@contextlib.contextmanager
+def tuned(model: nn.Module, config: Any) -> Iterator[None]:
+    """What ``config`` says is trainable: an adapter, attached for so long, or the model's own parameters."""
+    if isinstance(config, OwnParameters):
+        config.release(model)
+        yield
+        return
+    peftk.attach(model, config)
+    try:
+        yield
+    finally:
+        peftk.detach(model)
+
+
+def train(
+    model: nn.Module,
+    task: Any,
+    candidate: Candidate,
+    seed: int,
+    follow: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None,
+) -> Training:
+    """AdamW on what is trainable; the order of the records is the seed's. ``follow`` puts hooks on the optimizer."""
+    steps = candidate.steps
     optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=candidate.rate, weight_decay=0.0)
+    if follow is not None:
+        follow(model, optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     model.train()
-    losses = []
+    losses, seconds = [], []
     for rows in batches(task.train, candidate.batch, steps, seed):
+        start = time.perf_counter()
         loss = task.loss(model, rows)
         loss.backward()
         nn.utils.clip_grad_norm_(peftk.trainable_parameters(model), 1.0)
@@ -109,8 +154,8 @@ def train(model: nn.Module, task: Any, candidate: Candidate, seed: int, quick: b
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.item())
-    last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+        seconds.append(time.perf_counter() - start)
+    return Training(statistics.fmean(losses[-max(1, steps // 10) :]), statistics.median(seconds))
 
 
 def _rate(step: int, steps: int) -> float:

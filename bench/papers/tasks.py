@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,13 +42,14 @@ class Answering:
     test: Sequence[tuple[str, list[int]]]
     verbalizer: Verbalizer | None = None
     separator: int | None = None  # the token between text and answer, where there is one
+    task_type = "CAUSAL_LM"
 
     @property
     def metric(self) -> str:
         return "held-out loss" if self.verbalizer is None else "P@1"
 
     def fresh(self, seed: int) -> nn.Module:
-        """The model itself: nothing but a prompt is ever trained."""
+        """The model itself: what is trained is beside it, and is taken away again."""
         return self.model
 
     def softened(self) -> Answering:
@@ -90,6 +92,11 @@ class Encoding:
     test: Sequence[tuple[Any, Any]]
     metric: str  # "accuracy" or "F1"
     separator: int | None = None
+
+    @property
+    def task_type(self) -> str:
+        """HF peft's word, by which an adapter knows the head."""
+        return "TOKEN_CLS" if self.metric == "F1" else "SEQ_CLS"
 
     def fresh(self, seed: int) -> nn.Module:
         """A copy whose head begins anew."""
@@ -162,10 +169,11 @@ def kinds(models: Any, texts: Any, sizes: Sizes) -> Answering:
     return Answering(model, tokenizer, template, train, test, verbalizer)
 
 
-def define(models: Any, texts: Any, sizes: Sizes) -> Answering:
-    """Generation from a record: ``dachshund is a kind of hunting dog : small long-bodied short-legged ...``."""
+def define(models: Any, texts: Any, sizes: Sizes, dense: bool = False) -> Answering:
+    """Generation from a record: ``dachshund is a kind of hunting dog : small long-bodied short-legged ...``. ``dense``: by the
+    model before it is quantised."""
     nouns = texts.definitions()
-    model, tokenizer = models.generator()
+    model, tokenizer = models.generator(dense)
     template = HardTemplate("{x} : [mask]", tokenizer)
     records = [
         (f"{word} is a kind of {kind}", [*tokenizer(f" {text}").input_ids, tokenizer.eos_token_id]) for word, kind, text in nouns
@@ -196,6 +204,7 @@ def names(models: Any, texts: Any, sizes: Sizes) -> Encoding:
 TASKS: dict[str, tuple[Callable[[Any, Any, Sizes], Any], Sizes]] = {
     "kinds": (kinds, Sizes(400, 200)),
     "define": (define, Sizes(400, 32)),
+    "define-dense": (functools.partial(define, dense=True), Sizes(400, 32)),
     "glosses": (glosses, Sizes(600, 300)),
     "names": (names, Sizes(400, 200)),
 }

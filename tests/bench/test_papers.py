@@ -206,7 +206,8 @@ def test_equal_candidates_are_trained_once_and_the_model_is_left_as_it_was(bench
     one = Candidate("kinds", "prompt tuning", 0.1, 3, (("n", 2),))
     first = bench.measure(Line("a", one), 5)
     again = bench.measure(Line("b", Candidate("kinds", "prompt tuning", 0.1, 3, (("n", 2),))), 5)
-    assert again == Row(Line("b", one), 5, "P@1", first.score, first.loss, 64, first.seconds)
+    assert again == Row(Line("b", one), 5, "P@1", first.score, first.loss, 64, first.seconds, first.step_seconds)
+    assert 0 < first.step_seconds < first.seconds
     other = bench.measure(Line("a", one), 6)
     assert other.loss != first.loss
     after = task.model.state_dict()

@@ -1,0 +1,64 @@
+"""The seven methods, DoRA and full fine-tuning on the same task with the same steps; the README's table of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.papers import record
+from bench.papers.candidates import Candidate
+from bench.papers.run import Experiment, Line
+from bench.report import ROOT, rewrite_between
+
+BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+TASK, STEPS, R, N = "glosses", 60, 8, 16
+
+
+def _line(name: str, method: str, rate: float, **options: Any) -> Line:
+    return Line(name, Candidate(TASK, method, rate, STEPS, tuple(options.items())))
+
+
+EXPERIMENT = Experiment(
+    name="seven_methods",
+    title="Seven methods, DoRA and full fine-tuning",
+    source="Hu et al. 2021, table 2 (adapters against full fine-tuning of an encoder), with the methods that came later",
+    lines=(
+        _line("head only", "own parameters", 5e-3, head_only=True),
+        _line("LoRA", "LoRA", 5e-3, r=R),
+        _line("DoRA", "LoRA", 5e-3, r=R, dora=True),
+        _line("AdaLoRA", "AdaLoRA", 1e-2, r=R),
+        _line("QLoRA", "QLoRA", 5e-3, r=R),
+        _line("Prefix Tuning", "prefix tuning", 5e-3, n=N, mlp=True),
+        _line("Prompt Tuning", "prompt tuning", 5e-2, n=N),
+        _line("P-Tuning v1", "P-Tuning in front", 5e-3, n=N, encoder="LSTM"),
+        _line("P-Tuning v2", "P-Tuning v2", 5e-2, n=N),
+        _line("full fine-tuning", "own parameters", 5e-4),
+    ),
+)
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Of a CSV's rows: a line a method, and where the figures come from. ValueError where there are none."""
+    if not rows:
+        raise ValueError("rows: expected runs of the methods, got none")
+    first, seeds = rows[0], {row["seed"] for row in rows}
+    lines = [f"| method | trained parameters | s a step | {first['metric']} | steps | rate |", "|---|--:|--:|--:|--:|--:|"]
+    for name in dict.fromkeys(row["line"] for row in rows):
+        runs = [row for row in rows if row["line"] == name]
+        seconds = statistics.median(float(row["step_ms"]) for row in runs) / 1e3
+        score = record.spread([float(row["score"]) for row in runs])
+        cells = (name, f"{int(runs[0]['parameters']):,}", f"{seconds:.3f}", score, runs[0]["steps"], runs[0]["rate"])
+        lines.append(f"| {' | '.join(cells)} |")
+    origin = ", ".join(f"{name} {first[name]}" for name in ("peftk", "torch"))
+    where = f"{first['machine']}, {first['threads']} threads; {origin}; commit {first['commit']}, {first['date']}"
+    return "\n".join(
+        [*lines, "", f"Task `{first['task']}` (bench/papers), {len(seeds)} seeds, mean ± standard deviation; {where}."]
+    )
+
+
+def write_readme(results: Path = record.RESULTS, readme: Path = ROOT / "README.md") -> None:
+    """Put the table of the recorded runs between the README's markers. OSError where no run is recorded, ValueError where the
+    markers are missing."""
+    rewrite_between(readme, BEGIN, END, table(record.read(results / f"{EXPERIMENT.name}.csv")))
