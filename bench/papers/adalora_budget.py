@@ -61,7 +61,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for at, (panel, (budget, table)) in enumerate(zip(panels, tables.items(), strict=True)):
         panel.imshow([[table[layer, kind] for layer in layers] for kind in kinds], cmap="Blues", aspect="auto", vmin=0)
         for (layer, kind), rank in table.items():
-            panel.text(layers.index(layer), kinds.index(kind), f"{rank:.1f}", ha="center", va="center", fontsize=7)
+            facts = {
+                "ha": "center",
+                "va": "center",
+                "fontsize": 7,
+                "color": "white" if rank > max(table.values()) / 2 else "black",
+            }
+            panel.text(layers.index(layer), kinds.index(kind), f"{rank:.1f}", **facts)
         panel.set_xticks(range(len(layers)), layers)
         panel.set_yticks(range(len(kinds)), kinds if at == 0 else [""] * len(kinds), fontsize=7)
         panel.set(title=f"{budget:g} on average", xlabel="layer")

@@ -1,0 +1,178 @@
+"""The papers' experiments of the LoRA family, on tiny models: what is trained, what follows from the rows, the README's table."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import peftk
+from bench.papers import adalora_budget, lora_rank, qlora_gap, record, seven_methods
+from bench.papers.candidates import MODULES, Candidate
+from bench.papers.models import TinyModels
+from bench.papers.run import Bench, Line, Row, tuned
+from bench.papers.texts import Sample, words_of
+from bench.report import Provenance
+
+WHERE = Provenance("2026-01-01", "abc1234", "machine", 1, "avx2", {"torch": "2", "peftk": "0"})
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    pytest.importorskip("transformers")
+    sample = Sample()
+    return Bench(TinyModels(words_of(sample)), sample, quick=True)
+
+
+def adapted(model: torch.nn.Module) -> set[str]:
+    """Of the layers with a LoRA, the last name in their path, or the last two of BERT's ``dense``."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, peftk.methods.adapter.AdapterLayer)]
+    return {".".join(path.split(".")[-2:]).removeprefix("self.").removeprefix("self_attn.") for path in paths}
+
+
+BERT = {"q": {"query"}, "q,v": {"query", "value"}, "q,k,v,o": {"query", "key", "value", "output.dense"}}
+LLAMA = {"q": {"q_proj"}, "q,v": {"q_proj", "v_proj"}, "q,k,v,o": {"q_proj", "k_proj", "v_proj", "o_proj"}}
+
+
+@pytest.mark.parametrize("modules", MODULES)
+def test_module_names_select_these_layers_of_both_models(bench, modules):
+    names = {"all": {"intermediate.dense"}, **BERT}[modules] | (BERT["q,k,v,o"] if modules == "all" else set())
+    everything = LLAMA["q,k,v,o"] | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    for task, expected, count in (
+        ("glosses", names, {"q": 2, "q,v": 4, "q,k,v,o": 8, "all": 12}[modules]),
+        ("define", {"all": everything, **LLAMA}[modules], {"q": 2, "q,v": 4, "q,k,v,o": 8, "all": 14}[modules]),
+    ):
+        config, made = Candidate(task, "LoRA", 1e-3, 1, (("r", 2), ("modules", modules))).prepare(bench.task(task))
+        model = made.fresh(0)
+        with tuned(model, config):
+            assert adapted(model) == expected
+            assert sum(isinstance(m, peftk.methods.adapter.AdapterLayer) for m in model.modules()) == count
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            assert any("classifier" in name for name in trained) == (task == "glosses")
+
+
+def test_own_parameters_are_all_of_them_or_the_heads(bench):
+    task = bench.task("glosses")
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    for options, expected in (((), None), ((("head_only", True),), {"classifier.weight", "classifier.bias"})):
+        config, made = Candidate("glosses", "own parameters", 1e-3, 2, options).prepare(task)
+        model = made.fresh(0)
+        with tuned(model, config):
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert names == (expected or {name for name, _ in model.named_parameters()})
+        row = bench.measure(Line("", Candidate("glosses", "own parameters", 1e-3, 2, options)), 0)
+        assert row.parameters == sum(p.numel() for name, p in model.named_parameters() if name in names)
+    assert all(torch.equal(value, task.model.state_dict()[key]) for key, value in before.items())
+
+
+def test_qlora_trains_on_a_quantised_copy(bench):
+    task = bench.task("glosses")
+    config, made = Candidate("glosses", "QLoRA", 1e-3, 2, (("r", 2),)).prepare(task)
+    model = made.fresh(0)
+    quantised = [path for path, module in model.named_modules() if isinstance(module, peftk.nn.NF4Linear)]
+    assert len(quantised) == 13 and "classifier" not in quantised  # twelve of the layers, and the pooler
+    assert not any(isinstance(module, peftk.nn.NF4Linear) for module in task.model.modules())
+    assert isinstance(config, peftk.LoraConfig)
+
+
+def test_adalora_ends_with_its_budget_and_loras_parameters(bench):
+    for line in adalora_budget.EXPERIMENT.lines:
+        row = bench.measure(line, 0)
+        if line.curve == "AdaLoRA":
+            assert sum(row.ranks.values()) == line.x * len(row.ranks) and len(row.ranks) == 12
+            lora = next(other for other in adalora_budget.EXPERIMENT.lines if (other.curve, other.x) == ("LoRA", line.x))
+            # The means of the ranks are equal, the sums over matrices of several shapes nearly so; a triplet has a value more.
+            assert row.parameters == pytest.approx(bench.measure(lora, 0).parameters, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA", "AdaLoRA"])
+def test_the_methods_learn(bench, monkeypatch, method):
+    monkeypatch.setattr(importlib.import_module("bench.papers.run"), "QUICK_STEPS", 80)
+    learner = Candidate("glosses", method, 0.02, 80, (("r", 4),))
+    row = Bench(bench.models, bench.texts, quick=True).measure(Line("", learner), 0)
+    task = bench.task("glosses")
+    seen = {text for text, _ in task.train}
+    known = sum(text in seen for text, _ in task.test)  # a word of no training record has a random vector, and may be missed
+    assert known == 14 and row.score >= known / len(task.test) and row.loss < 0.2
+
+
+def rank_rows(*ranks: dict[str, int]) -> list[Row]:
+    """Of AdaLoRA's first line, a seed each."""
+    line = next(line for line in adalora_budget.EXPERIMENT.lines if line.curve == "AdaLoRA")
+    return [Row(line, seed, "accuracy", 0.5, 0.1, 9, 1.0, 0.1, each) for seed, each in enumerate(ranks)]
+
+
+def test_kept_ranks_are_the_seeds_means(tmp_path):
+    pytest.importorskip("matplotlib")
+    query, down = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.output.dense"
+    one = {query.format(0): 1, down.format(0): 2, query.format(1): 3, down.format(1): 0}
+    two = {query.format(0): 3, down.format(0): 2, query.format(1): 4, down.format(1): 1}
+    rows = rank_rows(one, two)
+    kinds = ("attention.self.query", "output.dense")
+    assert adalora_budget.kept(rows) == {2: dict(zip([(i, k) for i in (0, 1) for k in kinds], (2, 2, 3.5, 0.5), strict=True))}
+    told = adalora_budget.conclusion(rows)
+    assert told.endswith("| layer | attention.self.query | output.dense |\n|--:|--:|--:|\n| 0 | 2.0 | 2.0 |\n| 1 | 3.5 | 0.5 |")
+    adalora_budget.draw(rows, tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="path: expected a matrix of a numbered layer, got pooler.dense"):
+        adalora_budget.place("pooler.dense")
+
+
+def gap_rows(untuned: float, lora: float, qlora: float) -> list[Row]:
+    lines = (qlora_gap.UNTUNED, untuned), (qlora_gap.LORA, lora), (qlora_gap.QLORA, qlora)
+    return [
+        Row(line, seed, "held-out loss", loss + by, None, 0, 1.0) for line, loss in lines for seed, by in ((0, -0.1), (1, 0.1))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ((5.0, 3.0, 3.1), r"NF4 untuned 5.000, LoRA in bf16 3.000, QLoRA 3.100. QLoRA closes 95.0% of the gap; .* 80%: met."),
+        ((5.0, 3.0, 3.5), "QLoRA closes 75.0% of the gap; .*: missed."),
+        ((3.0, 3.5, 3.0), "LoRA gains nothing: there is no gap."),
+    ],
+)
+def test_the_gap_is_told_with_all_three_numbers(losses, told):
+    assert re.search(told, qlora_gap.conclusion(gap_rows(*losses)))
+
+
+def test_no_gap_is_refused():
+    assert qlora_gap.closed(4.0, 2.0, 2.0) == 1.0
+    with pytest.raises(ValueError, match="lora: expected a loss below the untuned model's 3.000, got 3.500: there is no gap"):
+        qlora_gap.closed(3.0, 3.5, 3.0)
+
+
+def test_the_untuned_lines_differ_by_quantisation_alone(bench):
+    untuned, dense = (bench.measure(line, 0).score for line in qlora_gap.EXPERIMENT.lines[:2])
+    assert untuned != dense
+    assert bench.measure(qlora_gap.UNTUNED, 1) == replace(bench.measure(qlora_gap.UNTUNED, 0), seed=1)
+
+
+def test_the_grid_of_ranks_is_the_papers():
+    of = {(dict(line.candidate.options)["modules"], dict(line.candidate.options)["r"]) for line in lora_rank.EXPERIMENT.lines}
+    assert of == {(modules, r) for modules in ("q", "q,v", "q,k,v,o", "all") for r in (1, 2, 4, 8, 64)}
+
+
+def test_the_readme_holds_the_table_of_methods(tmp_path):
+    lines = seven_methods.EXPERIMENT.lines
+    assert len({line.candidate.steps for line in lines}) == 1 and {line.candidate.task for line in lines} == {"glosses"}
+    rows = [Row(line, seed, "accuracy", 0.5 + seed / 10, 0.1, 1234, 9.0, 0.25) for seed in (0, 1) for line in lines]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n")
+    with pytest.raises(FileNotFoundError, match=r"seven_methods\.csv"):
+        seven_methods.write_readme(tmp_path, readme)
+    record.write(seven_methods.EXPERIMENT, rows, WHERE, tmp_path)
+    with pytest.raises(ValueError, match="expected one <!-- methods:begin --> and after it one <!-- methods:end -->"):
+        seven_methods.write_readme(tmp_path, readme)
+    assert readme.read_text() == "before\n"
+    readme.write_text(f"before\n{seven_methods.BEGIN}\n{seven_methods.END}\nafter\n")
+    seven_methods.write_readme(tmp_path, readme)
+    made = readme.read_text()
+    assert made.startswith("before\n") and made.endswith("after\n") and made.count("| 1,234 | 0.250 | 0.550 ± 0.071 | 60 |") == 10
+    assert "| LoRA | 1,234 |" in made and "2 seeds, mean ± standard deviation; machine, 1 threads" in made and "abc1234" in made
+    with pytest.raises(ValueError, match="rows: expected runs of the methods, got none"):
+        seven_methods.table([])
