@@ -88,6 +88,14 @@ def test_adalora_ends_with_its_budget_and_loras_parameters(bench):
             assert row.parameters == pytest.approx(bench.measure(lora, 0).parameters, rel=0.1)
 
 
+@pytest.mark.parametrize(("r", "start"), [(1, 2), (2, 3), (4, 6), (8, 12)])
+def test_adalora_begins_with_half_as_many_ranks_again(bench, r, start):
+    for steps, phases in ((100, (10, 30)), (2, (0, 1))):
+        config, _ = Candidate("glosses", "AdaLoRA", 1e-2, steps, (("r", r),)).prepare(bench.task("glosses"))
+        assert (config.init_r, config.target_r, config.total_step) == (start, r, steps)
+        assert (config.tinit, config.tfinal) == phases
+
+
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA", "AdaLoRA"])
 def test_the_methods_learn(bench, monkeypatch, method):
     monkeypatch.setattr(importlib.import_module("bench.papers.run"), "QUICK_STEPS", 80)
