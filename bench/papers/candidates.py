@@ -79,7 +79,7 @@ def _qlora(task: Any, **options: Any) -> Prepared:
 
 
 def _adalora(task: Any, steps: int, r: int, alpha: float = 16) -> Prepared:
-    """``r`` a matrix is left on average; training begins with half as many again, rounded up (section 3.3 has 1.5 times the target)."""
+    """``r`` a matrix is left on average; training begins with half as many again (section 3.3), rounded up."""
     ranks = {"target_r": r, "init_r": -(-3 * r // 2)}
     phases = {"total_step": steps, "tinit": round(0.1 * steps), "tfinal": round(0.3 * steps)}
     facts = {"lora_alpha": alpha, "task_type": task.task_type, "exclude_modules": POOLER}
