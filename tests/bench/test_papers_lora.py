@@ -96,6 +96,7 @@ def test_adalora_begins_with_half_as_many_ranks_again(bench, r, start):
         assert (config.tinit, config.tfinal) == phases
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA", "AdaLoRA"])
 def test_the_methods_learn(bench, monkeypatch, method):
     monkeypatch.setattr(importlib.import_module("bench.papers.run"), "QUICK_STEPS", 80)
