@@ -122,6 +122,25 @@ def weight_grads(model: nn.Module, kind: str) -> torch.Tensor:
     return y.detach()
 
 
+def net(base: str = "dense") -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    return peftk.quantize_model(model, skip=("head",), progress=False) if base == "nf4" else model
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """As after some steps: every trainable parameter moved."""
+    with torch.no_grad():
+        for parameter in peftk.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def out(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return run(model, "net")
+
+
 def fill(model: nn.Module, name: str = "default", scale: float = 0.1, seed: int = 3) -> nn.Module:
     """Random values into everything that the adapter trains: a zero B would hide errors."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,5 @@
 
 from peftk.optim.adamw import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
 from peftk.optim.layouts import to_bitsandbytes, to_torch
-from peftk.optim.loraplus import loraplus_groups
 
-__all__ = ["AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "loraplus_groups", "to_bitsandbytes", "to_torch"]
+__all__ = ["AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "to_bitsandbytes", "to_torch"]

@@ -8,29 +8,11 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
+from tiny_models import net, out, trained
 from torch import nn
 
 import peftk
 from peftk import LoraConfig, attach, detach, disable_adapters, merge, set_adapter
-
-
-def net(base: str = "dense") -> nn.Module:
-    torch.manual_seed(0)
-    model = tiny.Net()
-    return peftk.quantize_model(model, skip=("head",), progress=False) if base == "nf4" else model
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """As after some steps: every trainable parameter moved."""
-    with torch.no_grad():
-        for parameter in peftk.trainable_parameters(model):
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def out(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return tiny.run(model, "net")
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])

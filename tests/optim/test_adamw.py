@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import peftk
-from peftk.optim import AdamW, AdamW8bit, loraplus_groups
+from peftk.optim import AdamW, AdamW8bit
 from peftk.optim.moments import bits_of
 
 SHAPES = [(70, 90), (33,), (64, 64), (3, 5, 7)]  # 6300 and 4096 elements may be in 8 bits
@@ -329,14 +328,3 @@ def test_grad_scaler():
             (plain * factor).sum().backward()
             other.step()
     assert torch.equal(scaled, plain) and optimizer.state[scaled]["step"] == 2
-
-
-def test_loraplus():
-    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    peftk.attach(layers, peftk.LoraConfig(r=2, target_modules="all-linear"))
-    groups = loraplus_groups(layers, lr=1e-3, ratio=16, weight_decay=0.0)
-    optimizer = AdamW(groups)
-    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
-    assert len(rates) == 4 and all(rate == (16e-3 if "lora_B" in name else 1e-3) for name, rate in rates.items())
-    with pytest.raises(ValueError, match="model: expected trainable parameters with and without 'lora_B', got 0 and 2"):
-        loraplus_groups(nn.Linear(2, 2), lr=1e-3)
