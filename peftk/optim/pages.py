@@ -14,7 +14,7 @@ from peftk.format.dynamic8 import STATE_BLOCK
 from peftk.optim.stepping import Call, Contiguous, update
 from peftk.paging import Pager
 
-LARGEST_PIECE = 32 << 20  # bytes of moments
+PIECE_WITHOUT_BUDGET = 128 << 20  # bytes of moments; a staged piece lies on the GPU twice
 PIECES_IN_BUDGET = 4  # one is updated, one arrives, one leaves; tensors and pieces share pages at their ends
 
 
@@ -74,7 +74,7 @@ class Pages:
 
     def _limit(self) -> int:
         """Bytes of moments in a piece."""
-        return LARGEST_PIECE if self.budget is None else min(LARGEST_PIECE, self.budget // PIECES_IN_BUDGET)
+        return PIECE_WITHOUT_BUDGET if self.budget is None else self.budget // PIECES_IN_BUDGET
 
 
 def _pieces(call: Call, coefficients: Sequence[float], tensors: tuple, limit: int) -> Iterator[Piece]:
