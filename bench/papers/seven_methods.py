@@ -53,13 +53,8 @@ def table(rows: Sequence[dict[str, str]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     origin = ", ".join(f"{name} {first[name]}" for name in ("peftk", "torch"))
     where = f"{first['machine']}, {first['threads']} threads; {origin}; commit {first['commit']}, {first['date']}"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Task `{first['task']}` (bench/papers), {len(seeds)} seeds, mean ± standard deviation; the head learns at {first['head_rate']}. {where}.",
-        ]
-    )
+    spread = f"{len(seeds)} seeds, mean ± standard deviation; the head learns at {first['head_rate']}"
+    return "\n".join([*lines, "", f"Task `{first['task']}` (bench/papers), {spread}. {where}."])
 
 
 def write_readme(results: Path = record.RESULTS, readme: Path = ROOT / "README.md") -> None:

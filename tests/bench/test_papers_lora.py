@@ -11,7 +11,7 @@ import torch
 
 import peftk
 from bench.papers import adalora_budget, lora_rank, qlora_gap, record, seven_methods
-from bench.papers.candidates import MODULES, Candidate
+from bench.papers.candidates import MODULES, Candidate, rates
 from bench.papers.models import TinyModels
 from bench.papers.run import Bench, Line, Row, tuned
 from bench.papers.texts import Sample, words_of
@@ -66,6 +66,23 @@ def test_own_parameters_are_all_of_them_or_the_heads(bench):
         row = bench.measure(Line("", Candidate("glosses", "own parameters", 1e-3, 2, options)), 0)
         assert row.parameters == sum(p.numel() for name, p in model.named_parameters() if name in names)
     assert all(torch.equal(value, task.model.state_dict()[key]) for key, value in before.items())
+
+
+def test_a_head_learns_at_a_rate_of_its_own(bench):
+    """Whatever else is trained: each trainable parameter stands once in the optimizer's groups, the head's at the head's rate."""
+    task = bench.task("glosses")
+    for method, options in (("LoRA", (("r", 2),)), ("own parameters", ()), ("own parameters", (("head_only", True),))):
+        candidate = Candidate("glosses", method, 1e-3, 2, options, head_rate=0.5)
+        config, made = candidate.prepare(task)
+        model = made.fresh(0)
+        with tuned(model, config):
+            names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            of = [(names[parameter], group["lr"]) for group in rates(model, candidate) for parameter in group["params"]]
+            assert len(of) == len(names) and {name for name, _ in of} == set(names.values())
+            assert all(rate == (0.5 if name.startswith("classifier") else 1e-3) for name, rate in of)
+            assert [group["lr"] for group in rates(model, replace(candidate, head_rate=None))] == [1e-3]
+    first, second = (bench.measure(Line("", replace(candidate, head_rate=rate)), 0) for rate in (None, 0.5))
+    assert first.loss != second.loss
 
 
 def test_qlora_trains_on_a_quantised_copy(bench):
@@ -182,6 +199,10 @@ def test_the_readme_holds_the_table_of_methods(tmp_path):
     seven_methods.write_readme(tmp_path, readme)
     made = readme.read_text()
     assert made.startswith("before\n") and made.endswith("after\n") and made.count("| 1,234 | 0.250 | 0.550 ± 0.071 | 60 |") == 10
-    assert "| LoRA | 1,234 |" in made and "2 seeds, mean ± standard deviation; machine, 1 threads" in made and "abc1234" in made
+    assert (
+        "| LoRA | 1,234 |" in made
+        and "2 seeds, mean ± standard deviation; the head learns at 0.05. machine, 1" in made
+        and "abc1234" in made
+    )
     with pytest.raises(ValueError, match="rows: expected runs of the methods, got none"):
         seven_methods.table([])
