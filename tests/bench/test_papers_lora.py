@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftk
-from bench.papers import adalora_budget, lora_rank, qlora_gap, record, seven_methods
+from bench.papers import adalora_budget, lora_rank, merged_latency, qlora_gap, record, seven_methods
 from bench.papers.candidates import MODULES, Candidate, rates
 from bench.papers.models import TinyModels
 from bench.papers.run import Bench, Line, Row, tuned
@@ -206,3 +206,23 @@ def test_the_readme_holds_the_table_of_methods(tmp_path):
     )
     with pytest.raises(ValueError, match="rows: expected runs of the methods, got none"):
         seven_methods.table([])
+
+
+def test_latencies_are_of_three_models_that_differ_as_they_should(bench):
+    models = merged_latency.three(bench, 0)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        base, merged, beside = (models[name](input_ids=ids).logits for name in ("base model", "adapter merged", "adapter beside"))
+    torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-5)
+    assert (merged - base).abs().max() > 1e-4
+    assert not any(isinstance(m, peftk.methods.adapter.AdapterLayer) for m in models["base model"].modules())
+    weights = {name: {p.data_ptr() for p in model.parameters()} for name, model in models.items()}
+    assert not weights["base model"] & weights["adapter merged"] and not weights["base model"] & weights["adapter beside"]
+    spec = merged_latency.EXPERIMENT
+    rows = list(merged_latency.rows(bench, spec, 0))
+    assert [row.line for row in rows] == list(spec.lines) and all(row.score > 0 for row in rows)
+    scores = {"base model": 2.0, "adapter merged": 2.05, "adapter beside": 3.0}
+    told = merged_latency.conclusion([replace(row, score=scores[row.line.name.partition(",")[0]]) for row in rows])
+    assert told.count("merged 1.025x, beside 1.500x") == 3 and told.endswith("met.")
+    slow = [replace(row, score=9.0 if row.line.name == "adapter merged, 4 x 128" else 1.0) for row in rows]
+    assert "4 x 128: merged 9.000x" in merged_latency.conclusion(slow) and merged_latency.conclusion(slow).endswith("missed.")
