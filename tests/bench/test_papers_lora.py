@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import re
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 
 import peftk
-from bench.papers import adalora_budget, lora_rank, merged_latency, qlora_gap, record, seven_methods
+from bench.papers import adalora_budget, corpora, lora_rank, merged_latency, qlora_gap, record, seven_methods
 from bench.papers.candidates import MODULES, Candidate, rates
-from bench.papers.models import TinyModels
+from bench.papers.models import RealModels, TinyModels
 from bench.papers.run import Bench, Line, Row, tuned
-from bench.papers.texts import Sample, words_of
+from bench.papers.texts import Sample, Texts, words_of
 from bench.report import Provenance
+from peftk.cli.errors import UserError
 
 WHERE = Provenance("2026-01-01", "abc1234", "machine", 1, "avx2", {"torch": "2", "peftk": "0"})
 
@@ -147,8 +149,11 @@ def test_kept_ranks_are_the_seeds_means(tmp_path):
         adalora_budget.place("pooler.dense")
 
 
+LOSSES = (qlora_gap.UNTUNED, qlora_gap.LORA, qlora_gap.QLORA)
+
+
 def gap_rows(untuned: float, lora: float, qlora: float) -> list[Row]:
-    lines = (qlora_gap.UNTUNED, untuned), (qlora_gap.LORA, lora), (qlora_gap.QLORA, qlora)
+    lines = zip(LOSSES, (untuned, lora, qlora), strict=True)
     return [
         Row(line, seed, "held-out loss", loss + by, None, 0, 1.0) for line, loss in lines for seed, by in ((0, -0.1), (1, 0.1))
     ]
@@ -164,6 +169,27 @@ def gap_rows(untuned: float, lora: float, qlora: float) -> list[Row]:
 )
 def test_the_gap_is_told_with_all_three_numbers(losses, told):
     assert re.search(told, qlora_gap.conclusion(gap_rows(*losses)))
+
+
+def test_the_recorded_gap_is_closed():
+    """QLoRA, section 4: on real text and the real model, of the three seeds' means."""
+    rows = record.read(record.RESULTS / "qlora_gap.csv")
+    losses = [statistics.fmean(float(row["score"]) for row in rows if row["line"] == line.name) for line in LOSSES]
+    print("NF4 untuned {:.3f}, LoRA in bf16 {:.3f}, QLoRA {:.3f}".format(*losses))
+    assert qlora_gap.closed(*losses) >= qlora_gap.GOAL
+
+
+@pytest.mark.full
+def test_qlora_closes_the_gap_of_smollm2():
+    """One seed of the experiment, trained here."""
+    pytest.importorskip("transformers")
+    try:
+        bench = Bench(RealModels(), Texts(corpora.cache_folder()))
+        losses = [bench.measure(line, 0).score for line in LOSSES]
+    except (UserError, FileNotFoundError) as error:
+        pytest.skip(str(error))
+    print("NF4 untuned {:.3f}, LoRA in bf16 {:.3f}, QLoRA {:.3f}".format(*losses))
+    assert qlora_gap.closed(*losses) >= qlora_gap.GOAL
 
 
 def test_no_gap_is_refused():
