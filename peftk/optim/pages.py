@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from peftk.format.dynamic8 import STATE_BLOCK
-from peftk.optim.stepping import Call, Contiguous, update
+from peftk.ops.step_lists import StepOp
+from peftk.optim.stepping import Call, Contiguous
 from peftk.paging import Pager
 
 PIECE_WITHOUT_BUDGET = 128 << 20  # bytes of moments; a staged piece lies on the GPU twice
@@ -22,7 +23,7 @@ PIECES_IN_BUDGET = 4  # one is updated, one arrives, one leaves; tensors and pie
 class Piece:
     """Parameters, or a slice of one, that are updated while their moments are resident. All tensors are flat."""
 
-    bits: int
+    op: StepOp
     coefficients: Sequence[float]
     params: list[torch.Tensor] = field(default_factory=list)
     grads: list[torch.Tensor] = field(default_factory=list)
@@ -39,6 +40,21 @@ class Piece:
         """What has to be resident, list after list."""
         return [tensor for tensors in self.moments for tensor in tensors]
 
+    def halves(self) -> list[Piece]:
+        """Two with half of the parameters each, or of a single one's blocks; just this one where there is a block alone."""
+        lists = [self.params, self.grads, *self.moments]
+        if len(self.params) > 1:
+            middle = len(self.params) // 2
+            return [self._with([tensors[part] for tensors in lists]) for part in (slice(middle), slice(middle, None))]
+        count = self.params[0].numel()
+        middle = -(-count // STATE_BLOCK) // 2 * STATE_BLOCK
+        if not middle:
+            return [self]
+        return [self._with([[_slice(t, *part, count)] for (t,) in lists]) for part in ((0, middle), (middle, count))]
+
+    def _with(self, lists: list[list[torch.Tensor]]) -> Piece:
+        return Piece(self.op, self.coefficients, lists[0], lists[1], lists[2:])
+
 
 class Pages:
     """The pagers of an optimizer, one a device. ``budget``: bytes of moments that may be resident on each; ``folder``: of the
@@ -50,9 +66,14 @@ class Pages:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As torch.empty, zeroed."""
-        if device not in self._pagers:
-            self._pagers[device] = Pager(device, budget=self.budget, folder=self.folder)
-        return self._pagers[device].empty(tuple(shape), dtype)
+        return self._pager(device).empty(tuple(shape), dtype)
+
+    def check_room(self, needed: Mapping[torch.device, int]) -> None:
+        """OSError where a page file can't be made, or its disk has no room for so many bytes of moments more. On a GPU they lie
+        in host memory, which says so itself."""
+        for device, nbytes in needed.items():
+            if device.type == "cpu":
+                self._pager(device).check_room(nbytes)
 
     def run(self, work: Sequence[tuple[Call, Sequence[float]]]) -> None:
         """All calls of a step with their coefficients."""
@@ -62,15 +83,21 @@ class Pages:
         for device, calls in by_device.items():
             self._run(self._pagers[device], calls)
 
+    def _pager(self, device: torch.device) -> Pager:
+        if device not in self._pagers:
+            self._pagers[device] = Pager(device, budget=self.budget, folder=self.folder)
+        return self._pagers[device]
+
     def _run(self, pager: Pager, work: Sequence[tuple[Call, Sequence[float]]]) -> None:
         with contextlib.ExitStack() as copies:
-            made = [
+            pieces = (
                 piece for call, c in work for piece in _pieces(call, c, copies.enter_context(Contiguous(call)), self._limit())
-            ]
+            )
+            made = [part for piece in pieces for part in _fitting(pager, piece)]
             for piece, following in zip(made, [*made[1:], made[0]], strict=True):
                 upcoming = following.resident() if following is not piece else []
                 with pager.resident(piece.resident(), upcoming=upcoming) as tensors:
-                    update(piece.bits, piece.params, piece.grads, _split(tensors, len(piece.moments)), piece.coefficients)
+                    piece.op(piece.params, piece.grads, *_split(tensors, len(piece.moments)), piece.coefficients)
 
     def _limit(self) -> int:
         """Bytes of moments in a piece."""
@@ -79,7 +106,8 @@ class Pages:
 
 def _pieces(call: Call, coefficients: Sequence[float], tensors: tuple, limit: int) -> Iterator[Piece]:
     """A call's parameters in order, several to a piece or sliced between blocks, ``limit`` bytes of moments each."""
-    piece, room = Piece(call.bits, coefficients), limit
+    op = call.formula.op(call.bits)
+    piece, room = Piece(op, coefficients), limit
     for param, grad, *moments in zip(*tensors, *call.moments(), strict=True):
         size = sum(moment.nbytes for moment in moments) / max(param.numel(), 1)  # bytes of an element's moments
         start = 0
@@ -87,7 +115,7 @@ def _pieces(call: Call, coefficients: Sequence[float], tensors: tuple, limit: in
             fits = int(room / size) // STATE_BLOCK * STATE_BLOCK
             if not fits and piece.params:
                 yield piece
-                piece, room = Piece(call.bits, coefficients), limit
+                piece, room = Piece(op, coefficients), limit
                 continue
             stop = min(start + max(fits, STATE_BLOCK), param.numel())
             piece.add(*(_slice(t, start, stop, param.numel()) for t in (param, grad)), [
@@ -97,6 +125,17 @@ def _pieces(call: Call, coefficients: Sequence[float], tensors: tuple, limit: in
             start = stop
     if piece.params:
         yield piece
+
+
+def _fitting(pager: Pager, piece: Piece) -> Iterator[Piece]:
+    """The piece in parts whose moments can be resident at once. Where small parameters have other bits or another dtype than the
+    large ones between them, their moments lie on more chunks than they fill."""
+    halves = [piece] if pager.fits(piece.resident()) else piece.halves()
+    if len(halves) == 1:
+        yield piece
+        return
+    for half in halves:
+        yield from _fitting(pager, half)
 
 
 def _slice(tensor: torch.Tensor, start: int, stop: int, count: int) -> torch.Tensor:
