@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -170,13 +170,10 @@ class Frame(torch.optim.Optimizer):
                 if p in self.state:
                     self.state[p] = self._placed(p, group, self.state[p], name)
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return (self._pages or torch).empty(shape, dtype=dtype, device=device)
-
     def _start(self, param: torch.Tensor, group: dict[str, Any]) -> moments.State:
         """The state of a parameter before its first step; what ``override`` has noted stays."""
         state = self.state[param]
-        state.update(moments.fresh(param, self.FORMULA.moments, self._bits(param, group, state), self._empty))
+        state.update(moments.fresh(param, self.FORMULA.moments, self._bits(param, group, state), (self._pages or torch).full))
         return state
 
     def _placed(self, param: torch.Tensor, group: dict[str, Any], state: moments.State, name: str) -> moments.State:
@@ -193,7 +190,8 @@ class Frame(torch.optim.Optimizer):
         for key in self.FORMULA.names(bits):
             shape = param.shape if placed[key].numel() == param.numel() else placed[key].shape
             dtype = torch.promote_types(param.dtype, torch.float32) if bits == 32 else placed[key].dtype
-            placed[key] = self._empty(shape, dtype, param.device).copy_(placed[key].view(shape))
+            source = placed[key].view(shape)
+            placed[key] = self._pages.copied(source, dtype) if self._pages else _copied(source, dtype)
         return placed
 
     def _bits(self, param: torch.Tensor, group: dict[str, Any], state: moments.State) -> int:
@@ -249,6 +247,10 @@ class Frame(torch.optim.Optimizer):
 def _check_bits(name: str, bits: int) -> None:
     if bits not in (32, 8):
         raise ValueError(f"{name}: expected 32 or 8, got {bits}")
+
+
+def _copied(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(source.shape, dtype=dtype, device=source.device).copy_(source)
 
 
 def sign_of(group: Mapping[str, Any]) -> float:

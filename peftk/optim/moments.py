@@ -19,7 +19,7 @@ from peftk.ops import blockwise8_dequantize, blockwise8_quantize
 STEP, BITS = "step", "bits"  # the number of steps done; what ``override`` has asked for, where it has
 
 State = dict[str, Any]
-Empty = Callable[..., torch.Tensor]  # (shape, dtype=, device=) -> tensor
+Full = Callable[..., torch.Tensor]  # (shape, value, dtype=, device=) -> tensor
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ def nbytes(count: int, moments: Sequence[Moment], bits: int, dtype: torch.dtype)
     return len(moments) * (count + 4 * -(-count // STATE_BLOCK))
 
 
-def fresh(param: torch.Tensor, moments: Sequence[Moment], bits: int, empty: Empty) -> State:
+def fresh(param: torch.Tensor, moments: Sequence[Moment], bits: int, full: Full) -> State:
     """Moments of zero, step 0."""
     state: State = {STEP: 0}
     if bits == 32:
         wide = torch.promote_types(param.dtype, torch.float32)
-        return state | {m.name: empty(param.shape, dtype=wide, device=param.device).zero_() for m in moments}
+        return state | {m.name: full(param.shape, 0, dtype=wide, device=param.device) for m in moments}
     blocks = (-(-param.numel() // STATE_BLOCK),)
     for m in moments:
-        state[m.codes] = empty(param.shape, dtype=torch.uint8, device=param.device).fill_(zero_code8(m.signed))
-        state[m.absmax] = empty(blocks, dtype=torch.float32, device=param.device).zero_()
+        state[m.codes] = full(param.shape, zero_code8(m.signed), dtype=torch.uint8, device=param.device)
+        state[m.absmax] = full(blocks, 0, dtype=torch.float32, device=param.device)
         state[m.qmap] = values8(m.signed, param.device)
     return state
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -64,9 +65,19 @@ class Pages:
         self.budget, self.folder = budget, folder
         self._pagers: dict[torch.device, Pager] = {}
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """As torch.empty, zeroed."""
-        return self._pager(device).empty(tuple(shape), dtype)
+    def full(self, shape: Sequence[int], value: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As torch.full; on the way too, no more than the budget is resident."""
+        made = self._pager(device).empty(tuple(shape), dtype)
+        if value:
+            self._write(made, lambda here, start: here.fill_(value))
+        return made
+
+    def copied(self, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous copy."""
+        flat = source.reshape(-1)
+        made = self._pager(source.device).empty(tuple(source.shape), dtype)
+        self._write(made, lambda here, start: here.copy_(flat[start : start + here.numel()]))
+        return made
 
     def check_room(self, needed: Mapping[torch.device, int]) -> None:
         """OSError where a page file can't be made, or its disk has no room for so many bytes of moments more. On a GPU they lie
@@ -82,6 +93,14 @@ class Pages:
             by_device.setdefault(call.params[0].device, []).append((call, coefficients))
         for device, calls in by_device.items():
             self._run(self._pagers[device], calls)
+
+    def _write(self, tensor: torch.Tensor, write: Callable[[torch.Tensor, int], Any]) -> None:
+        """``write(part, first element)`` for one resident part after the other."""
+        pager, start = self._pager(tensor.device), 0
+        for part in tensor.view(-1).split(max(self._limit() // tensor.element_size(), 1)) if tensor.numel() else ():
+            with pager.resident([part]) as (here,):
+                write(here, start)
+            start += part.numel()
 
     def _pager(self, device: torch.device) -> Pager:
         if device not in self._pagers:
@@ -130,10 +149,16 @@ def _pieces(call: Call, coefficients: Sequence[float], tensors: tuple, limit: in
 def _fitting(pager: Pager, piece: Piece) -> Iterator[Piece]:
     """The piece in parts whose moments can be resident at once. Where small parameters have other bits or another dtype than the
     large ones between them, their moments lie on more chunks than they fill."""
-    halves = [piece] if pager.fits(piece.resident()) else piece.halves()
-    if len(halves) == 1:
+    if pager.fits(piece.resident()):
         yield piece
         return
+    halves = piece.halves()
+    if len(halves) == 1:
+        lists = len(piece.moments)
+        raise ValueError(
+            f"budget: expected room for {STATE_BLOCK} elements' moments, which lie on a page in each of {lists} tensors, "
+            f"got {pager.budget} bytes"
+        )
     for half in halves:
         yield from _fitting(pager, half)
 

@@ -112,6 +112,16 @@ def test_pieces_cover_everything_once(bits, limit):
     assert len(pieces) == 1 or limit < 10**9
 
 
+def test_a_budget_for_less_than_a_block(folder):
+    params = [nn.Parameter(torch.ones(5000))]
+    optimizer = PagedAdEMAMix8bit(params, budget=2 * 4096, folder=folder)
+    with pytest.raises(
+        ValueError, match=r"budget: expected room for 256 elements' moments, .* each of 6 tensors, got 8192 bytes"
+    ):
+        train(optimizer, 0, 1)
+    assert (params[0] == 1).all()
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(OSError, match="absent"):
         PagedAdamW([nn.Parameter(torch.ones(5000))], folder=tmp_path / "absent")
@@ -119,7 +129,9 @@ def test_no_folder(tmp_path):
 
 def test_a_pager_a_device():
     pages = Pages(None, None)
-    assert pages.empty((3,), torch.float32, torch.device("cpu")).tolist() == [0, 0, 0] and len(pages._pagers) == 1
+    for value in (0, 127):
+        assert pages.full((3,), value, torch.uint8, torch.device("cpu")).tolist() == [value] * 3
+    assert len(pages._pagers) == 1
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW8bit, PagedAdEMAMix8bit])
