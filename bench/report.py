@@ -30,7 +30,7 @@ LIMITS = ("limit_read_gb_s", "limit_write_gb_s", "limit_copy_gb_s", "limit_bf16_
 FIGURES = ("op", "case", "who", "p50_ms", "p90_ms", "rounds", "gb_s", "gflop_s", "share", "error", "ratio", "goal", "met", "note")
 FIRST_COLUMNS = (*WHERE, *FIGURES, *LIMITS)  # of the files before the others came
 COLUMNS = (*FIRST_COLUMNS, "reached", "extra_mb", "limit_bf16_registers_gflop_s", "limit_fp32_registers_gflop_s")
-TIERS = ("reference", "scalar", "avx2", "avx512", "avx512_bf16")
+TIERS = ("reference", "scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 NONE = "–"
 
 
@@ -223,8 +223,14 @@ def limit_cells(limits: Limits) -> dict[str, str]:
 
 
 def rewrite_readme(results: Path, headlines: Mapping[str, str], readme: Path = ROOT / "README.md") -> None:
-    """Put a case of each bench between the two markers."""
-    rewrite_between(readme, BEGIN, END, markdown(read(results), headlines))
+    """Put a case of each bench between the two markers, from the folder of the machine's file ``results`` and its neighbours."""
+    rewrite_between(readme, BEGIN, END, markdown(of_all_machines(results.parent), headlines))
+
+
+def of_all_machines(folder: Path = RESULTS) -> list[dict[str, str]]:
+    """The rows of every machine's file; files of other columns, and sweeps, are none."""
+    files = [path for path in sorted(folder.glob("*.csv")) if _columns(path) in (COLUMNS, FIRST_COLUMNS)]
+    return [row for path in files for row in read(path) if path.stem == row["machine"]]
 
 
 def rewrite_between(path: Path, begin: str, end: str, table: str) -> None:
@@ -238,39 +244,41 @@ def rewrite_between(path: Path, begin: str, end: str, table: str) -> None:
 
 
 def markdown(rows: Sequence[dict[str, str]], headlines: Mapping[str, str]) -> str:
-    """A line for each bench of ``headlines``, its peers in the last column: the newest run of the case whose name begins so,
-    with the highest instruction set that it ran on."""
+    """A line for each bench of ``headlines`` and machine, its peers in the last column: the newest run of the case whose name
+    begins so, with the highest instruction set that it ran on there."""
     lines = [
-        "| op | case | p50 | GB/s | GFLOP/s | of the limit | error | goal | peers: p50, how many times as fast peftk is, error |",
-        "|---|---|--:|--:|--:|--:|--:|---|---|",
+        "| op | on | case | p50 | GB/s | GFLOP/s | of the limit | error | goal | peers: p50, times as fast peftk is, error |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|---|",
     ]
     runs = newest_runs(rows)
-    shown = [run for op in sorted(headlines) if (run := _headline(runs, op, headlines[op]))]
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    shown = [run for op in sorted(headlines) for on in machines if (run := _headline(runs, op, headlines[op], on))]
     for ours, *others in shown:
         goals = zip(ours["goal"].split("; "), ours["met"].split("; "), strict=True)
         goal = "<br>".join(f"{goal}: {met}" for goal, met in goals) if ours["goal"] else NONE
         cells = (_ms(ours), _cell(ours, "gb_s", "{:.1f}"), _cell(ours, "gflop_s", "{:.0f}"), _percent(ours))
-        cells = (f"`{ours['op']}`", ours["case"], *cells, _cell(ours, "error", "{:.1e}"), goal)
+        cells = (f"`{ours['op']}`", ours["isa"], ours["case"], *cells, _cell(ours, "error", "{:.1e}"), goal)
         lines.append(f"| {' | '.join(cells)} | {'<br>'.join(map(_peer, others)) or NONE} |")
     for stamp in dict.fromkeys(_stamp(run[0]) for run in shown):
-        ops = ", ".join("`" + run[0]["op"] + "`" for run in shown if _stamp(run[0]) == stamp)
+        ops = ", ".join(f"`{run[0]['op']}` ({run[0]['isa']})" for run in shown if _stamp(run[0]) == stamp)
         lines += ["", f"{ops}: {stamp}"]
     return "\n".join(lines)
 
 
 def newest_runs(rows: Iterable[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """The rows of a file by run, ours first; of several runs of a case on the same instruction set and threads the last."""
+    """The rows by run, ours first; of several runs of a case on the same machine, instruction set and threads the last."""
     newest: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        run = newest.setdefault(tuple(row[name] for name in ("op", "case", "isa", "threads")), [])
+        run = newest.setdefault(tuple(row[name] for name in ("machine", "op", "case", "isa", "threads")), [])
         if any(row["who"] == other["who"] for other in run):
             run.clear()
         run.append(row)
     return list(newest.values())
 
 
-def _headline(runs: Iterable[list[dict[str, str]]], op: str, begins: str) -> list[dict[str, str]] | None:
-    fitting = [run for run in runs if run[0]["op"] == op and run[0]["case"].startswith(begins)]
+def _headline(runs: Iterable[list[dict[str, str]]], op: str, begins: str, on: str) -> list[dict[str, str]] | None:
+    here = [run for run in runs if run[0]["machine"] == on and run[0]["op"] == op]
+    fitting = [run for run in here if run[0]["case"].startswith(begins)]
     return max(fitting, key=lambda run: TIERS.index(run[0]["isa"]), default=None)
 
 

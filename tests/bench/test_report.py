@@ -106,7 +106,7 @@ def test_the_readme_gets_the_table_between_the_markers(tmp_path: Path):
     report.rewrite_readme(path, HEADLINES, readme)
     text = readme.read_text()
     assert (
-        text.startswith(f"# Title\n{report.BEGIN}\n| op | case |")
+        text.startswith(f"# Title\n{report.BEGIN}\n| op | on | case |")
         and text.endswith(f"{report.END}\ntail\n")
         and "old" not in text
     )
@@ -146,7 +146,7 @@ def test_one_case_a_bench_is_shown(tmp_path: Path):
     report.record("nf4_dequantize", [OURS], LIMITS, HERE, tmp_path)
     text = report.markdown(report.read(path), {"nf4_linear": "m=512, bf16", "nf4_quantize": ""})
     assert [line for line in text.splitlines() if line.startswith("| `")] == [
-        line for line in text.splitlines() if line.startswith("| `nf4_linear` | m=512, bf16 |")
+        line for line in text.splitlines() if line.startswith("| `nf4_linear` | avx2 | m=512, bf16 |")
     ]
     assert text.count("| `") == 1
 
@@ -158,6 +158,24 @@ def test_the_readme_shows_the_highest_instruction_set(tmp_path: Path):
     text = report.markdown(report.read(path), HEADLINES)
     assert "| 1 ms |" in text and "| 2 ms |" not in text
     assert len(report.newest_runs(report.read(path))) == 2
+
+
+def test_the_readme_shows_every_machine(tmp_path: Path):
+    """Each with its own newest run; what else lies in the folder, sweeps among it, is none."""
+    other = replace(HERE, machine="other-cpu-8cores", isa="avx512", date="2026-03-04")
+    report.record("nf4_linear", [replace(OURS, p50=0.001), replace(SLOWER, p50=0.009)], LIMITS, other, tmp_path)
+    path = report.record("nf4_linear", [OURS, SLOWER], LIMITS, HERE, tmp_path)
+    report.write_csv(tmp_path / f"{HERE.machine}-sweep.csv", report.COLUMNS, report.read(path))
+    (tmp_path / "static.csv").write_text("gpu,kernel\nsm_80,k\n")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.rewrite_readme(path, HEADLINES, readme)
+    text = readme.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `nf4_linear`")]
+    assert (
+        [line.split(" | ")[1] for line in lines] == ["avx512", "avx2"] and "peer: 9 ms" in lines[0] and "peer: 3 ms" in lines[1]
+    )
+    assert "`nf4_linear` (avx512): 2026-03-04" in text and "`nf4_linear` (avx2): 2026-01-02" in text
 
 
 def test_memory_stands_where_times_do(tmp_path: Path):
