@@ -40,3 +40,9 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, tensor.numel())
         return made
+
+
+def plain_products(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    """a (m, k) @ b (k, n) in their own dtype, the sums in three orders: as they lie, from the back, and mixed."""
+    k = a.shape[1]
+    return [a[:, order] @ b[order] for order in (torch.arange(k), torch.arange(k).flip(0), torch.randperm(k))]
