@@ -13,8 +13,8 @@ def adapter(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     lines = [json.dumps({"prompt": f"{i} to be", "completion": " or not to be"}) for i in range(60)]
     (folder / "data.jsonl").write_text("\n".join(lines))
-    flags = f"--model {model_folder} --data {folder / 'data.jsonl'} --out {folder / 'out'} --lr 2e-2 --r 8 --seq-len 64"
-    assert main(["finetune", *flags.split(), "--steps", "40", "--dtype", "fp32", "--eval-fraction", "0.1"]) == 0
+    flags = f"--model {model_folder} --data {folder / 'data.jsonl'} --out {folder / 'out'} --lr 1e-2 --r 8 --seq-len 64"
+    assert main(["finetune", *flags.split(), "--steps", "60", "--dtype", "fp32", "--eval-fraction", "0.1"]) == 0
     return folder / "out"
 
 
