@@ -159,9 +159,9 @@ def test_arguments_of_matmul_4bit(bnb):
     assert y is out and torch.equal(y, bnb.matmul_4bit(x, layer.weight.t(), quant_state=state))
     with pytest.raises((ValueError, AssertionError)):
         bnb.matmul_4bit(x, layer.weight, quant_state=None)
-    with pytest.warns(DeprecationWarning, match="orientation"):  # x W, of a weight that lies the other way
-        turned = bnb.matmul_4bit(torch.randn(4, 24), layer.weight, quant_state=state)
-    assert turned.shape == (4, 80)
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since 0.50 also x W, of a weight that lies the other way
+        with pytest.warns(DeprecationWarning, match="orientation"):
+            assert bnb.matmul_4bit(torch.randn(4, 24), layer.weight, quant_state=state).shape == (4, 80)
 
 
 def test_autocast(bnb):
