@@ -1,5 +1,4 @@
-"""QLoRA of SmolLM2 with transformers, HF peft and bitsandbytes: nothing here names peftk but the two lines that read the sample
-model and text. ``python -m bench.examples.qlora_bitsandbytes``; PEFTK_BITSANDBYTES=0 before it shows the difference."""
+"""QLoRA of SmolLM2 with transformers, HF peft and bitsandbytes: of peftk it names only what opens the sample model."""
 
 import tempfile
 import time
@@ -21,17 +20,16 @@ def main(steps: int = 5, sequences: int = 4, length: int = 256) -> list[float]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
     with tempfile.TemporaryDirectory() as folder:
-        source.to(torch.bfloat16).save_pretrained(folder)
+        source.save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = bnb.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    ids = torch.tensor(tokenizer(TEXT.read_text()[:20_000], verbose=False).input_ids)[: sequences * length]
-    ids, losses, start = ids.view(sequences, length), [], time.perf_counter()
+    ids = tokenizer(TEXT.read_text()[:20_000], verbose=False).input_ids[: sequences * length]
+    ids, losses, start = torch.tensor(ids).view(sequences, length), [], time.perf_counter()
     for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
     print(f"losses {losses}, {(time.perf_counter() - start) / steps:.2f} s a step")
     return losses

@@ -29,7 +29,7 @@ def test_both_sides_do_the_same(case):
     name, *rest = case(128)
     rows = bench.measured(name, *rest, LIMITS, 2)
     assert [row.who for row in rows] == [bench.WITH, bench.WITHOUT] and all(row.p50 > 0 for row in rows)
-    assert rows[0].error == rows[1].error is None or rows[0].error == pytest.approx(rows[1].error, rel=0.1)
+    assert rows[0].error == rows[1].error is None or rows[0].error == pytest.approx(rows[1].error, rel=0.3)
     assert rows[0].verdicts[0].met is not None and not backend.is_enabled()
 
 

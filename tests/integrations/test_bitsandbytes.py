@@ -122,7 +122,7 @@ def test_foreign_nested_statistics(bnb):
 
 def test_a_weight_repacked_before(bnb):
     """A model that was evaluated without us, then with us."""
-    if not bnb.functional.has_avx512bf16():
+    if not getattr(bnb.functional, "has_avx512bf16", bool)():  # since 0.49
         pytest.skip("bitsandbytes repacks with AVX512-BF16 only")
     for nested in (True, False):
         layer = layer_of(bnb, 32, 128, nested=nested, dtype=torch.bfloat16).eval()
@@ -187,8 +187,9 @@ def test_compiles(bnb):
 
 def test_info_lists_what_is_replaced(bnb):
     names = peftk.info().replaced["bitsandbytes"]
-    for name in ("bitsandbytes.matmul_4bit", "bitsandbytes.nn.modules._convert_weight_packed_for_cpu"):
-        assert name in names
+    repacking = "_convert_weight_packed_for_cpu"
+    assert "bitsandbytes.matmul_4bit" in names
+    assert (f"bitsandbytes.nn.modules.{repacking}" in names) == hasattr(bnb.nn.modules, repacking)  # since 0.49
     assert "torch.ops.bitsandbytes.quantize_4bit (CPU)" in names and len(set(names)) == len(names)
     shown = str(peftk.info())
     assert all(f"  {name}" in shown for name in names)
@@ -206,8 +207,11 @@ def test_disabling_restores_the_originals():
         return [{name: value for name, value in vars(owner).items() if callable(value)} for owner in owners]
 
     def facts() -> list:
-        """Of ops that both compute, each in its own way: an all-zero block at the end."""
-        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(torch.zeros(8, 9), 64, "nf4", torch.uint8)
+        """Of an op that both have, each in its own way: an all-zero block at the end, which 0.46 refuses."""
+        try:
+            packed, absmax = torch.ops.bitsandbytes.quantize_4bit(torch.zeros(8, 9), 64, "nf4", torch.uint8)
+        except RuntimeError as error:
+            return [str(error)]
         return [packed.tolist(), absmax.tolist()]
 
     before, result = functions(), facts()
