@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from bench import isa
 from bench.measure import Candidate, Work
 from peftk import NF4Weight
 
+os.environ["PEFTK_BITSANDBYTES"] = "0"  # as a peer it is what it is without us
 BITSANDBYTES, HF_PEFT = "bitsandbytes", "peft"
 Run = Callable[[], Any]
 

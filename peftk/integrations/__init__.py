@@ -1,0 +1,1 @@
+"""peftk as a backend of other packages. Each is imported where it is used."""
