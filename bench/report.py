@@ -30,7 +30,7 @@ LIMITS = ("limit_read_gb_s", "limit_write_gb_s", "limit_copy_gb_s", "limit_bf16_
 FIGURES = ("op", "case", "who", "p50_ms", "p90_ms", "rounds", "gb_s", "gflop_s", "share", "error", "ratio", "goal", "met", "note")
 FIRST_COLUMNS = (*WHERE, *FIGURES, *LIMITS)  # of the files before the others came
 COLUMNS = (*FIRST_COLUMNS, "reached", "extra_mb", "limit_bf16_registers_gflop_s", "limit_fp32_registers_gflop_s")
-TIERS = ("reference", "scalar", "avx2", "avx512", "avx512_bf16")
+TIERS = ("reference", "scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 NONE = "–"
 
 

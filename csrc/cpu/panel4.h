@@ -137,7 +137,7 @@ class WeightColumns {
   WeightColumns(const Matrix4& w, const ColumnConstants& constants) : w_(w), constants_(constants) {}
 
   void operator()(const Span& span, std::uint32_t* panel) const {
-    with_vectors(span.vectors, [&](auto vectors) {
+    with_vectors<Cell>(span.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
       if (constants_.empty())
         panel_across<Cell, V>(Rows4<Absmax>(w_, w_.absmax), span, panel);
@@ -163,7 +163,7 @@ auto rows_as_columns(const Rows& rows) {
 template <class Cell, class Rows>
 auto rows_as_depth(const Rows& rows) {
   return [&rows](const Span& span, std::uint32_t* panel) {
-    with_vectors(span.vectors, [&](auto vectors) { panel_across<Cell, decltype(vectors)::value>(rows, span, panel); });
+    with_vectors<Cell>(span.vectors, [&](auto vectors) { panel_across<Cell, decltype(vectors)::value>(rows, span, panel); });
   };
 }
 

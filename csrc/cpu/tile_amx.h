@@ -1,0 +1,73 @@
+// Tiles of bf16 pairs on AMX: 32 x 32 sums in four tile registers, squares of 16 x 16 cells in the other four. A panel's 16 steps
+// of 16 cells are a right operand as they lie; a left operand wants 16 rows of 64 bytes, hence the squares.
+#pragma once
+#include <immintrin.h>
+
+namespace peftk::PEFTK_TIER {
+
+template <>
+struct TileOf<PairCell> : TileShape<2 * kLanes, 2, true> {};
+
+// All eight tile registers as 16 rows of 64 bytes. Another library configures them anew for itself, as oneDNN does, so they are
+// configured for each pass of a thread and given back after it.
+template <>
+class TileRegisters<PairCell> {
+ public:
+  TileRegisters() {
+    struct {
+      std::uint8_t palette, start_row, reserved[14];
+      std::uint16_t bytes[16];
+      std::uint8_t rows[16];
+    } config{};
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// H x V squares of sums.
+template <int H, int V>
+void multiply_squares(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* out) {
+  constexpr int kLeftLine = sizeof(std::uint32_t) * kLanes, kLine = V * kLeftLine, kSquare = kLanes * kLanes;
+  __asm__ volatile("" ::: "memory");  // GCC's _tile_loadd doesn't say that it reads
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::int64_t step = 0; step < steps; step += kLanes, left += 2 * kSquare, panel += V * kSquare) {
+    _tile_loadd(4, left, kLeftLine);
+    _tile_loadd(6, panel, kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (V == 2) {
+      _tile_loadd(7, panel + kLanes, kLine);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (H == 2) {
+      _tile_loadd(5, left + kSquare, kLeftLine);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (V == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, kLine);
+  if constexpr (V == 2) _tile_stored(1, out + kLanes, kLine);
+  if constexpr (H == 2) {
+    _tile_stored(2, out + V * kSquare, kLine);
+    if constexpr (V == 2) _tile_stored(3, out + V * kSquare + kLanes, kLine);
+  }
+}
+
+template <int V>
+void multiply_tile(PairCell, const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, int rows, bool add,
+                   float* tile) {
+  const int used = rows > kLanes ? 2 * kLanes : kLanes;
+  alignas(64) float sums[2 * kLanes * V * kLanes];
+  float* const out = add ? sums : tile;
+  rows > kLanes ? multiply_squares<2, V>(left, panel, steps, out) : multiply_squares<1, V>(left, panel, steps, out);
+  if (!add) return;
+  for (int i = 0; i < used * V * kLanes; i += kLanes) store(tile + i, load(tile + i) + load(sums + i));
+}
+
+}  // namespace peftk::PEFTK_TIER
