@@ -53,8 +53,8 @@ namespace peftk {
 
 enum class Tier : int { scalar, avx2, avx512, avx512_bf16, amx_bf16 };
 
-std::vector<std::string> compiled_tiers();   // what this build contains, slowest first
-std::vector<std::string> available_tiers();  // of those, what this processor runs
+std::vector<std::string> compiled_tiers();                         // what this build contains, slowest first
+std::vector<std::string> available_tiers();                        // of those, what this processor runs
 std::vector<std::pair<std::string, std::string>> why_not_tiers();  // the others of all there are, and why not
 std::string tier_name();
 Tier current_tier();

@@ -23,8 +23,8 @@ struct Unit {
 };
 #ifdef PEFTK_TIER_IS_AMX_BF16
 template <>
-struct Unit<PairCell> {
-  static constexpr std::int64_t kPanels = 8, kSteps = 8 * 256;
+struct Unit<PairCell> {  // a group's 256 steps, 32 KB, stay in the first level while 8 panels pass; panels and sums in the second
+  static constexpr std::int64_t kPanels = 8, kSteps = kPanels * 256;
 };
 #endif
 
@@ -160,8 +160,11 @@ class Product {
 
  private:
   static constexpr int kTileRows = TileOf<Cell>::kRows, kTileCols = TileOf<Cell>::kCols, kTileSums = TileOf<Cell>::kSums;
-  static constexpr std::int64_t kUnitPanels =
-      std::max(panels_together(static_cast<const decltype(Main::panel)*>(nullptr)), Unit<Cell>::kPanels);
+  static constexpr std::int64_t kTogether = panels_together(static_cast<const decltype(Main::panel)*>(nullptr));
+  static constexpr std::int64_t kUnitPanels = std::max(kTogether, Unit<Cell>::kPanels);
+  // Panels whose bytes are neighbours are made a few rows of W at a time, which stay in the second-level cache from panel to
+  // panel: those of a whole chunk, 2 KB apart, meet in few of its sets. 2.2 ms instead of 2.9 for all of 4096 x 4096.
+  static constexpr bool kSliced = kTogether > 1 && TileOf<Cell>::kSquares;
 
   template <class Factors>
   static std::int64_t line_of(const Factors& f) {
@@ -189,8 +192,13 @@ class Product {
     for (std::int64_t chunk = 0; chunk < chunks_.count; chunk++) {
       const std::int64_t step = chunk * chunks_.steps, steps = std::min(chunks_.steps, main_steps - step);
       const std::int64_t depth = step * Cell::kDepth, count = std::min(steps * Cell::kDepth, main_.depth - depth);
-      for (std::int64_t panel = first; count > 0 && panel < last; panel++)
-        make_panel<Cell>(main_.panel, span_of(panel, depth, count), panels + (panel - first) * chunks_.steps * kTileCols);
+      const std::int64_t slice = kSliced ? kLanes * Cell::kDepth : count;
+      for (std::int64_t at = 0; at < count; at += slice)
+        for (std::int64_t panel = first; panel < last; panel++) {
+          const Span span = span_of(panel, depth + at, std::min(slice, count - at));
+          make_panel<Cell>(main_.panel, span,
+                           panels + (panel - first) * chunks_.steps * kTileCols + at / Cell::kDepth * span.vectors * kLanes);
+        }
       for (std::int64_t group = first_group; group < last_group; group++)
         for (std::int64_t panel = first; panel < last; panel++) {
           const std::int64_t row = group * kTileRows, at = panel - first;
@@ -205,8 +213,9 @@ class Product {
           with_vectors<Cell>(span.vectors, [&](auto vectors) {
             constexpr int V = decltype(vectors)::value;
             const bool add = chunk > 0 || start<V>(tile, low_panels + at * low_steps_ * kTileCols);
-            multiply<V>(main_.left + row * line_of(main_) + step * kTileRows, panels + at * chunks_.steps * kTileCols, steps, rows,
-                        add, tile.sums);
+            const std::uint32_t* const left = main_.left + row * line_of(main_) + step * kTileRows;
+            const std::uint32_t* const next = left + (line_of(main_) + steps * at / kUnitPanels) * kTileRows;  // its share of it
+            multiply<V>(left, panels + at * chunks_.steps * kTileCols, steps, rows, add, tile.sums, next);
           });
           if (chunk + 1 == chunks_.count) finish_(tile);
         }
@@ -231,7 +240,7 @@ class Product {
       const std::int64_t steps = steps_of<Cell>(low.depth);
       Tile own = tile;
       if (i > 0) own.sums = more;
-      multiply<V>(low.left + tile.row * line_of(low), low_panel, steps, tile.rows, false, own.sums);
+      multiply<V>(low.left + tile.row * line_of(low), low_panel, steps, tile.rows, false, own.sums, low_panel);
       between_(own, i);
       for (int j = 0; i > 0 && j < kSums; j += kLanes) store(tile.sums + j, load(tile.sums + j) + load(more + j));
       low_panel += steps * V * kLanes;
@@ -240,14 +249,14 @@ class Product {
   }
 
   template <int V>
-  static void multiply(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, int rows, bool add,
-                       float* sums) {
+  static void multiply(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, int rows, bool add, float* sums,
+                       const std::uint32_t* next) {
     constexpr int S = TileOf<Cell>::kSquares ? kLanes : 1;
     const std::int64_t most = Cell::kDepth == 1 && steps <= kSmallDepth ? kShortChainSteps : kChainSteps;
     const std::int64_t chains = std::max<std::int64_t>((steps + most / 2 - 1) / most, 1);  // of 3/2 of `most` at most
     for (std::int64_t chain = 0; chain < chains; chain++) {
       const std::int64_t from = steps / S * chain / chains * S, to = steps / S * (chain + 1) / chains * S;
-      multiply_tile<V>(Cell{}, left + from * kTileRows, panel + from * V * kLanes, to - from, rows, add || chain, sums);
+      multiply_tile<V>(Cell{}, left + from * kTileRows, panel + from * V * kLanes, to - from, rows, add || chain, sums, next);
     }
   }
 

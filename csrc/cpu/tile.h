@@ -1,10 +1,11 @@
 // The vocabulary of matrix products: a tile of R x (V * kLanes) fp32 sums that stays in registers, R = TileOf<Cell>::kRows, and
-// the cells that feed it. A cell is 4 bytes: one fp32 factor, or two bf16 factors that are neighbours along the depth. Knows no op.
+// the cells that feed it. A cell is 4 bytes: one fp32 factor, or two bf16 factors that are neighbours along the depth. Knows no
+// op.
 //
 //   left    [groups of R rows][steps][R] cells; in squares where kSquares: [groups of R rows][steps / kLanes][R][kLanes]
 //   panel   [steps][V * kLanes] cells
-//   multiply_tile<V>(Cell, left, panel, steps, rows, add, tile)   tile[R][V * kLanes] = (add ? itself : 0) + left * panel;
-//                                                      sums past `rows` may be anything
+//   multiply_tile<V>(Cell, left, panel, steps, rows, add, tile, next)   tile[R][V * kLanes] = (add ? itself : 0) + left * panel;
+//                                                      sums past `rows` may be anything; `next` will be wanted soon
 //   TileRegisters<Cell>                                lives on a thread while it multiplies tiles
 //   store_sum(T*, F32)                                 store of simd.h, but a bf16 denormal may become zero
 //   transpose(U32[kLanes])                             a square of cells, in place

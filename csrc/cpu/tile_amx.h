@@ -28,16 +28,34 @@ class TileRegisters<PairCell> {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// H x V squares of sums.
+// Lines asked for in a step, into the second-level cache. 512 rows of 4096 stream from the third level: 15.4 ms instead of 16.5
+// for 4096 columns, on a thread whose sibling works.
+inline constexpr int kAheadLines = 4;
+
+// H x V squares of sums, which start from `out` where they are to be added to it. One chain of fp32 sums over all of the depth
+// then, as oneDNN's: sums are rounded to bf16 in the end, 2^13 times as coarsely as a chain of 4096 errs. Adding 256 steps
+// at a time to the tile took 0.76 ms where this takes 0.55 (32 x 4096 x 4096, panels made).
 template <int H, int V>
-void multiply_squares(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, float* out) {
+void multiply_squares(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* out,
+                      const char* ahead) {
   constexpr int kLeftLine = sizeof(std::uint32_t) * kLanes, kLine = V * kLeftLine, kSquare = kLanes * kLanes;
   __asm__ volatile("" ::: "memory");  // GCC's _tile_loadd doesn't say that it reads
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (add) {
+    _tile_loadd(0, out, kLine);
+    if constexpr (V == 2) _tile_loadd(1, out + kLanes, kLine);
+    if constexpr (H == 2) {
+      _tile_loadd(2, out + V * kSquare, kLine);
+      if constexpr (V == 2) _tile_loadd(3, out + V * kSquare + kLanes, kLine);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (std::int64_t step = 0; step < steps; step += kLanes, left += 2 * kSquare, panel += V * kSquare) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kAheadLines; i++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
     _tile_loadd(4, left, kLeftLine);
     _tile_loadd(6, panel, kLine);
     _tile_dpbf16ps(0, 4, 6);
@@ -61,13 +79,12 @@ void multiply_squares(const std::uint32_t* left, const std::uint32_t* panel, std
 
 template <int V>
 void multiply_tile(PairCell, const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, int rows, bool add,
-                   float* tile) {
-  const int used = rows > kLanes ? 2 * kLanes : kLanes;
-  alignas(64) float sums[2 * kLanes * V * kLanes];
-  float* const out = add ? sums : tile;
-  rows > kLanes ? multiply_squares<2, V>(left, panel, steps, out) : multiply_squares<1, V>(left, panel, steps, out);
-  if (!add) return;
-  for (int i = 0; i < used * V * kLanes; i += kLanes) store(tile + i, load(tile + i) + load(sums + i));
+                   float* tile, const std::uint32_t* next) {
+  const char* const ahead = reinterpret_cast<const char*>(next);
+  if (rows > kLanes)
+    multiply_squares<2, V>(left, panel, steps, add, tile, ahead);
+  else
+    multiply_squares<1, V>(left, panel, steps, add, tile, ahead);
 }
 
 }  // namespace peftk::PEFTK_TIER
