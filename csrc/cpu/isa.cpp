@@ -130,7 +130,10 @@ void set_tier(const std::string& name) {
       current().store(tier, std::memory_order_relaxed);
       return;
     }
-  throw std::invalid_argument("PEFTK_CPU_ISA: expected one of " + joined(available_tiers()) + ", got " + name);
+  std::string reason;
+  for (const auto& [other, why] : why_not_tiers())
+    if (other == name) reason = " (" + why + ")";
+  throw std::invalid_argument("PEFTK_CPU_ISA: expected one of " + joined(available_tiers()) + ", got " + name + reason);
 }
 
 }  // namespace peftk
