@@ -57,7 +57,7 @@ def test_every_tier_runs_or_says_why_not():
 
 
 def test_the_first_missing_tier_is_shown(monkeypatch):
-    other_machine(monkeypatch, cuda_devices=list)
+    other_machine(monkeypatch, cuda_devices=list, cuda_status=str)
     assert "; avx512 does not run: this processor has no avx512f" in str(peftk.info())
 
 

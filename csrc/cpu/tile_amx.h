@@ -32,9 +32,9 @@ class TileRegisters<PairCell> {
 // for 4096 columns, on a thread whose sibling works.
 inline constexpr int kAheadLines = 4;
 
-// H x V squares of sums, which start from `out` where they are to be added to it. One chain of fp32 sums over all of the depth
-// then, as oneDNN's: sums are rounded to bf16 in the end, 2^13 times as coarsely as a chain of 4096 errs. Adding 256 steps
-// at a time to the tile took 0.76 ms where this takes 0.55 (32 x 4096 x 4096, panels made).
+// H x V squares of sums, which start from `out` where they are to be added to it: one chain of fp32 sums over all of the depth.
+// It errs by 2.1e-7 of the result's norm at a depth of 4096 and 4.1e-7 at 16384, rounding the result to bf16 by 1.6e-3. Adding
+// 256 steps at a time to the tile took 0.76 ms where this takes 0.55 (32 x 4096 x 4096, panels made).
 template <int H, int V>
 void multiply_squares(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* out,
                       const char* ahead) {
