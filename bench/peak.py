@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 CHAINS = 12  # independent sums: more than latency x throughput of any processor so far, and few enough for 16 registers
-STEPS = 1 << 21  # of the loop: some 10 ms
+STEPS = 1 << 21  # of the loop: some 10 ms; 130 of tiles
 SOURCE = """
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #define ALL(USE) USE(s0), USE(s1), USE(s2), USE(s3), USE(s4), USE(s5), USE(s6), USE(s7), USE(s8), USE(s9), USE(s10), USE(s11)
 #define KEEP(s) "+x"(s) /* the sums are equal: without this the compiler would compute one */
 #define LOOP(NAME, TARGET, SUM, FACTOR, STEP)                                   \\
@@ -39,12 +41,26 @@ SOURCE = """
 LOOP(avx2, "avx2,fma", __m256, __m256 a = _mm256_set1_ps(1e-3f), AVX2)
 LOOP(avx512, "avx512f", __m512, __m512 a = _mm512_set1_ps(1e-3f), AVX512)
 LOOP(avx512_bf16, "avx512f,avx512bf16", __m512, __m512bh a = (__m512bh)_mm512_set1_epi32(0x3a833a83), BF16)
+#if __has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>) /* GCC; Clang */
+/* No type holds a tile: four sums in turn, two left and two right operands, as the kernels have them. */
+#define TILES _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
+__attribute__((target("amx-tile,amx-bf16"))) void amx_bf16(long steps) {
+  struct { unsigned char palette, start, reserved[14]; unsigned short bytes[16]; unsigned char rows[16]; } shape = {1};
+  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+  syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
+  _tile_loadconfig(&shape);
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);
+  for (long i = 0; i < steps; i++) { TILES; TILES; TILES; }
+  _tile_release();
+}
+#endif
 """
-FLOP = {"avx2": 16, "avx512": 32, "avx512_bf16": 64}  # of one instruction
+FLOP = {"avx2": 16, "avx512": 32, "avx512_bf16": 64, "amx_bf16": 16384}  # of one instruction
 LOOPS = {  # what a tier's kernels multiply with
     "avx2": {torch.bfloat16: "avx2", torch.float32: "avx2"},
     "avx512": {torch.bfloat16: "avx512", torch.float32: "avx512"},
     "avx512_bf16": {torch.bfloat16: "avx512_bf16", torch.float32: "avx512"},
+    "amx_bf16": {torch.bfloat16: "amx_bf16", torch.float32: "avx512"},
 }
 
 

@@ -28,6 +28,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.def("compiled_tiers", &peftk::compiled_tiers);
   m.def("available_tiers", &peftk::available_tiers);
+  m.def("why_not_tiers", &peftk::why_not_tiers);
   m.def("tier", &peftk::tier_name);
   m.def("set_tier", &peftk::set_tier);
   m.def("find_thread_runtime", &peftk::find_thread_runtime);

@@ -22,6 +22,7 @@ class Info:
     why_not_native: str
     cpu_tiers: list[str]  # instruction sets that this processor runs, slowest first
     cpu_tier: str | None  # the one in use
+    why_not_tiers: dict[str, str]  # those that don't run here
     threads: str  # where CPU kernels take their threads from
     cuda: bool  # whether CUDA kernels run: they are in this build, and it sees a device
     why_not_cuda: str
@@ -37,7 +38,8 @@ class Info:
             others = [tier for tier in self.cpu_tiers if tier != self.cpu_tier]
             also = f" (also: {', '.join(others)})" if others else ""
             count = torch.get_num_threads()
-            lines.append(f"cpu        {self.cpu_tier}{also}; threads: {self.threads}, {count} of them")
+            missing = "".join(f"; {tier} does not run: {reason}" for tier, reason in list(self.why_not_tiers.items())[:1])
+            lines.append(f"cpu        {self.cpu_tier}{also}; threads: {self.threads}, {count} of them{missing}")
         else:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
@@ -58,6 +60,7 @@ def info() -> Info:
         why_not_native=why_not_native(),
         cpu_tiers=list(module.available_tiers()) if module else [],
         cpu_tier=module.tier() if module else None,
+        why_not_tiers=dict(module.why_not_tiers()) if module else {},
         threads=module.thread_runtime if module else "torch's own",
         cuda=not why_not_cuda,
         why_not_cuda=why_not_cuda,

@@ -18,7 +18,7 @@ import peftk  # noqa: E402
 from peftk.native import native, why_not_native  # noqa: E402
 from peftk.ops import gpu  # noqa: E402
 
-TIERS = ("scalar", "avx2", "avx512", "avx512_bf16")
+TIERS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 EVERYWHERE = ("reference", *(f"cpu-{tier}" for tier in TIERS))
 # By the file in peftk/ops/<op>/ that an op needs for them: on a GPU, as source on the host, as compiled PTX in the emulator.
 ON_GPU = {"cuda.py": ("cuda", "cuda-host", "cuda-ptx"), "triton_kernel.py": ("triton", "triton-ptx")}
@@ -55,7 +55,7 @@ def reason_to_skip(name: str) -> str:
         return why_not_native()
     if tier not in native().compiled_tiers():
         return f"this build has no {tier} tier"
-    return "" if tier in native().available_tiers() else f"this processor does not run {tier}"
+    return "" if tier in native().available_tiers() else f"{tier}: {dict(native().why_not_tiers())[tier]}"
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ def other_machine(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
     there = None
     if functions:
         there = types.SimpleNamespace(available_tiers=lambda: ["scalar", "avx2"], tier=lambda: "avx2", **functions)
+        there.why_not_tiers = lambda: [("avx512", "this processor has no avx512f"), ("amx_bf16", "this build doesn't have it")]
         there.thread_runtime = "libgomp.so"
     for user in (module, gpu):
         monkeypatch.setattr(user, "native", lambda: there)
@@ -47,6 +48,19 @@ def test_every_absence_has_a_reason():
             assert len(line.partition("does not run: ")[2]) > 5
 
 
+def test_every_tier_runs_or_says_why_not():
+    if native() is None:
+        pytest.skip(why_not_native())
+    info = peftk.info()
+    assert set(info.cpu_tiers) | set(info.why_not_tiers) == {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"}
+    assert not set(info.cpu_tiers) & set(info.why_not_tiers) and all(info.why_not_tiers.values())
+
+
+def test_the_first_missing_tier_is_shown(monkeypatch):
+    other_machine(monkeypatch, cuda_devices=list, cuda_status=str)
+    assert "; avx512 does not run: this processor has no avx512f" in str(peftk.info())
+
+
 def test_changes_nothing():
     before = torch.get_num_threads(), native() and native().tier()
     assert peftk.info() == peftk.info()
@@ -65,6 +79,7 @@ def test_without_the_native_module(monkeypatch):
     other_machine(monkeypatch)
     info = peftk.info()
     assert (info.native, info.cpu_tiers, info.cpu_tier, info.cuda, info.devices) == (False, [], None, False, [])
+    assert info.why_not_tiers == {}
     assert info.threads == "torch's own"
     assert info.why_not_native == info.why_not_cuda == "no compiler: c++ was not found"
     assert "cpu        does not run: no compiler: c++ was not found" in str(info)

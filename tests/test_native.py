@@ -128,7 +128,7 @@ def test_only_kernels_of_a_tier_use_its_instructions():
         if line.endswith(">:"):
             function = line[line.index("<") + 1 : -2]
         elif "%ymm" in line or "%zmm" in line or "%k1" in line:
-            if re.search(r"peftk::(avx2|avx512|avx512_bf16)::", function):
+            if re.search(r"peftk::(avx2|avx512|avx512_bf16|amx_bf16)::", function):
                 in_tiers += 1
             elif "peftk::" in function or "std::" in function:
                 offenders.add(function)

@@ -1,7 +1,8 @@
 // From rows (rows.h) to cells (tile.h). Knows no op.
 //   panel_along    the rows become columns of the panel, the depth runs along them (W in y = x W^T): a square transpose each
 //   panel_across   the rows are steps of the depth (W in dx = dy W)
-//   pack_left      the left side, groups of kTileRows rows side by side
+//   make_panel     one of these, with the zeros up to whole squares
+//   pack_left      the left side, group by group of a tile's rows
 #pragma once
 #include <algorithm>
 
@@ -75,17 +76,26 @@ void panel_across(const Rows& rows, const Span& span, std::uint32_t* panel) {
   }
 }
 
-// Rows [row, row + count) of the left side as groups group_stride cells apart, [depth's steps][kTileRows] each; rows that are
-// missing in the last group are zero.
+// `panel(span, cells)`, and zeros for the steps that the depth lacks.
+template <class Cell, class Panel>
+void make_panel(const Panel& panel, const Span& span, std::uint32_t* cells) {
+  panel(span, cells);
+  if (!TileOf<Cell>::kSquares) return;
+  const std::int64_t line = span.vectors * kLanes, made = (span.count + Cell::kDepth - 1) / Cell::kDepth;
+  std::fill(cells + made * line, cells + steps_of<Cell>(span.count) * line, 0u);
+}
+
+// A group of the left side: rows [row, row + count), those past a tile's rows left out, zeros for those that a tile lacks.
 template <class Cell, class Rows>
 void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
   if constexpr (kLiesInCells<Cell, Rows>)
     if (dense_rows(rows).scale == 1.0f) return pairs_left(rows, row, count, depth, out);
   constexpr int D = Cell::kDepth, kReach = D * kLanes;
-  std::uint32_t cells[kTileRows][kLanes];
+  constexpr int R = TileOf<Cell>::kRows;
+  std::uint32_t cells[R][kLanes];
   for (std::int64_t d = 0; d < depth; d += kReach) {
     const int here = static_cast<int>(depth - d < kReach ? depth - d : kReach);
-    for (int i = 0; i < kTileRows; i++) {
+    for (int i = 0; i < R; i++) {
       F32 wide[D];
       if (i < count) {
         rows.template read<D>(row + i, d, here, wide);
@@ -94,17 +104,22 @@ void pack_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int6
         store_cells(cells[i], zero_bits());
       }
     }
-    const int steps = static_cast<int>(steps_of<Cell>(here));
-    for (int step = 0; step < steps; step++, out += kTileRows)
-      for (int i = 0; i < kTileRows; i++) out[i] = cells[i][step];
+    if constexpr (TileOf<Cell>::kSquares) {
+      std::memcpy(out, cells, sizeof cells);
+      out += R * kLanes;
+    } else {
+      const int steps = static_cast<int>(steps_of<Cell>(here));
+      for (int step = 0; step < steps; step++, out += R)
+        for (int i = 0; i < R; i++) out[i] = cells[i][step];
+    }
   }
 }
 
 // The left side whose depth runs down `rows`: columns [0, count) become its rows.
 template <class Cell, class Rows>
 void pack_left_across(const Rows& rows, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
-  constexpr int D = Cell::kDepth;
-  const std::int64_t steps = steps_of<Cell>(depth), padded = (count + kTileRows - 1) / kTileRows * kTileRows;
+  constexpr int D = Cell::kDepth, R = TileOf<Cell>::kRows;
+  const std::int64_t steps = steps_of<Cell>(depth), padded = (count + R - 1) / R * R;
   for (std::int64_t col = 0; col < padded; col += kLanes) {
     const int used = static_cast<int>(std::clamp<std::int64_t>(count - col, 0, kLanes));
     const std::int64_t kept = std::min<std::int64_t>(padded - col, kLanes);
@@ -114,10 +129,7 @@ void pack_left_across(const Rows& rows, std::int64_t count, std::int64_t depth, 
       for (int i = 0; i < D && step * D + i < depth && used; i++) rows.template read<1>(step * D + i, col, used, wide + i);
       std::uint32_t cells[kLanes];
       store_cells(cells, cell_across(Cell{}, wide, 1));
-      for (std::int64_t j = 0; j < kept; j++) {
-        const std::int64_t row = col + j;
-        out[(row / kTileRows * steps + step) * kTileRows + row % kTileRows] = cells[j];
-      }
+      for (std::int64_t j = 0; j < kept; j++) out[left_index<Cell>(col + j, step, steps)] = cells[j];
     }
   }
 }

@@ -129,6 +129,42 @@ void strip_across(const Matrix4& w, const ColumnConstants& constants, const Span
   for (int v = 0; v < V; v++) store_cells(panel + v * kLanes, cell_across(Cell{}, wide + v, V));
 }
 
+#ifdef PEFTK_TIER_IS_AMX_BF16
+// The same for 32 columns by tables of bf16: one of 32 words holds the 16 numbers times the constant of a row, then of the next
+// row, so that one look-up of words weaves the two. 8 operations on the shuffling port for 64 weights where the above takes 14.
+template <>
+inline void strip_across<PairCell, 2>(const Matrix4& w, const ColumnConstants& constants, const Span& span,
+                                      std::uint32_t* panel) {
+  const __m512 values = _mm512_loadu_ps(w.values);
+  const float* scale = constants.of_column(span.col) + span.depth;
+  const std::uint8_t* p = w.packed + (span.depth * w.k + span.col) / 2;
+  const std::int64_t line = w.k / 2;
+  const __m512i code = _mm512_set1_epi32(0x000f000f), upper = _mm512_set1_epi32(0x00100000);
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  for (std::int64_t d = 0; d < span.count; d += 2, p += 2 * line, scale += 2, panel += 2 * kLanes) {
+    const bool last = d + 1 == span.count;  // half a cell: the other row is this one with a constant of zero
+    for (int row = 0; row < 2; row++) {
+      _mm_prefetch(reinterpret_cast<const char*>(p + (row + 32) * line), _MM_HINT_T1);  // from memory, for the panels beside it
+      _mm_prefetch(reinterpret_cast<const char*>(p + (row + 8) * line), _MM_HINT_T0);
+    }
+    const __m512 low = _mm512_mul_ps(values, _mm512_set1_ps(scale[0]));
+    const __m512 high = last ? _mm512_setzero_ps() : _mm512_mul_ps(values, _mm512_set1_ps(scale[1]));
+    const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    const auto bytes = [](const std::uint8_t* row) {
+      return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+    };
+    const __m512i both = _mm512_or_si512(bytes(p), _mm512_slli_epi32(bytes(last ? p : p + line), 16));
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    const __m512i even =
+        _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi32(both, 4), code, upper, kAndOr), table);
+    const __m512i odd = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(both, code, upper, kAndOr), table);
+    _mm512_storeu_si512(panel, _mm512_permutex2var_epi32(even, first, odd));
+    _mm512_storeu_si512(panel + kLanes, _mm512_permutex2var_epi32(even, second, odd));
+  }
+}
+#endif
+
 template <class Cell>
 class WeightColumns {
  public:
@@ -137,7 +173,7 @@ class WeightColumns {
   WeightColumns(const Matrix4& w, const ColumnConstants& constants) : w_(w), constants_(constants) {}
 
   void operator()(const Span& span, std::uint32_t* panel) const {
-    with_vectors(span.vectors, [&](auto vectors) {
+    with_vectors<Cell>(span.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
       if (constants_.empty())
         panel_across<Cell, V>(Rows4<Absmax>(w_, w_.absmax), span, panel);
@@ -163,7 +199,7 @@ auto rows_as_columns(const Rows& rows) {
 template <class Cell, class Rows>
 auto rows_as_depth(const Rows& rows) {
   return [&rows](const Span& span, std::uint32_t* panel) {
-    with_vectors(span.vectors, [&](auto vectors) { panel_across<Cell, decltype(vectors)::value>(rows, span, panel); });
+    with_vectors<Cell>(span.vectors, [&](auto vectors) { panel_across<Cell, decltype(vectors)::value>(rows, span, panel); });
   };
 }
 

@@ -110,14 +110,23 @@ void pairs_across(const Rows& source, const Span& span, std::uint32_t* panel) {
 
 template <class Rows>
 void pairs_left(const Rows& rows, std::int64_t row, std::int64_t count, std::int64_t depth, std::uint32_t* out) {
-  static_assert(kTileRows == kLanes / 2);
-  const std::int64_t used = count < kTileRows ? count : kTileRows;
+  constexpr int R = TileOf<PairCell>::kRows;
+  const std::int64_t used = count < R ? count : R;
   for (std::int64_t d = 0; d < depth; d += kPairReach) {
     U32 square[kLanes];
+    if constexpr (TileOf<PairCell>::kSquares) {
+      for (int half = 0; half < R; half += kLanes) {
+        load_square(rows, row + half, used - half, d, depth - d, square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++, out += kLanes) store_cells(out, square[i]);
+      }
+      continue;
+    }
+    static_assert(TileOf<PairCell>::kSquares || R == kLanes / 2);
     load_square(rows, row, used, d, depth - d, square);
     transpose(square);
     const std::int64_t steps = steps_of<PairCell>(depth - d);
-    for (int i = 0; i < kLanes && i < steps; i++, out += kTileRows)
+    for (int i = 0; i < kLanes && i < steps; i++, out += R)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(square[i].v));
   }
 }

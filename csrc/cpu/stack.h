@@ -25,7 +25,7 @@ class Stack {
   // Where a part lies in a left side of all parts; its groups are steps() apart.
   template <class Word>
   Word* left_of(std::size_t part, Word* left) const {
-    return left + parts_[part].first_step * kTileRows;
+    return left + parts_[part].first_step * TileOf<Cell>::kRows;
   }
 
   void operator()(const Span& span, std::uint32_t* panel) const {
@@ -34,7 +34,8 @@ class Stack {
       const std::int64_t begin = std::max(span.depth, start), end = std::min(span.depth + span.count, start + part.depth);
       if (begin >= end) continue;
       const std::int64_t step = (begin - span.depth) / Cell::kDepth;
-      part.panel({span.col, span.cols, span.vectors, begin - start, end - begin}, panel + step * span.vectors * kLanes);
+      make_panel<Cell>(part.panel, {span.col, span.cols, span.vectors, begin - start, end - begin},
+                       panel + step * span.vectors * kLanes);
     }
   }
 

@@ -9,7 +9,11 @@ namespace peftk::PEFTK_TIER {
 
 // On Zen 4 shifts, look-ups and dot products of 512 bits share one issue a cycle. 128 weights take 4 for the turn, 7 for each
 // pass and 4 a row of x; as a panel 35 and 4 a row. At 48 rows both took 8.3 ms (4096 x 4096, one thread).
+#ifdef PEFTK_TIER_IS_AMX_BF16
+inline constexpr std::int64_t kStripsUpTo = 4;  // m = 8: tiles 3.6 ms, strips 3.8; m = 16: 3.8 and 6.5 (4096 x 4096, one thread)
+#else
 inline constexpr std::int64_t kStripsUpTo = 48;
+#endif
 inline constexpr int kQuad = 4, kQuadsAtOnce = 4;  // rows of x at once: with 5 and 6 quads the compiler spills sums
 
 // x as cells [8 weights][nibble][rows] of `rows` rows, of which `count` are there and the others are zero.

@@ -1,9 +1,12 @@
-// The vocabulary of matrix products: a tile of kTileRows x (V * kLanes) fp32 sums that stays in registers, and the cells that
-// feed it. A cell is 4 bytes: one fp32 factor, or two bf16 factors that are neighbours along the depth. Knows no op.
+// The vocabulary of matrix products: a tile of R x (V * kLanes) fp32 sums that stays in registers, R = TileOf<Cell>::kRows, and
+// the cells that feed it. A cell is 4 bytes: one fp32 factor, or two bf16 factors that are neighbours along the depth. Knows no
+// op.
 //
-//   left    [groups of kTileRows rows][steps][kTileRows] cells
+//   left    [groups of R rows][steps][R] cells; in squares where kSquares: [groups of R rows][steps / kLanes][R][kLanes]
 //   panel   [steps][V * kLanes] cells
-//   multiply_tile<Cell, V>(left, panel, steps, add, tile)   tile[kTileRows][V * kLanes] = (add ? itself : 0) + left * panel
+//   multiply_tile<V>(Cell, left, panel, steps, rows, add, tile, next)   tile[R][V * kLanes] = (add ? itself : 0) + left * panel;
+//                                                      sums past `rows` may be anything; `next` will be wanted soon
+//   TileRegisters<Cell>                                lives on a thread while it multiplies tiles
 //   store_sum(T*, F32)                                 store of simd.h, but a bf16 denormal may become zero
 //   transpose(U32[kLanes])                             a square of cells, in place
 #pragma once
@@ -29,11 +32,6 @@ template <class T>
 using CellOf = FloatCell;  // no dot product of bf16 pairs: 16-bit factors are multiplied in fp32
 #endif
 
-template <class Cell>
-constexpr std::int64_t steps_of(std::int64_t depth) {
-  return (depth + Cell::kDepth - 1) / Cell::kDepth;
-}
-
 }  // namespace peftk::PEFTK_TIER
 
 #if defined(PEFTK_TIER_IS_AVX512) || defined(PEFTK_TIER_IS_AVX512_BF16)
@@ -53,16 +51,51 @@ void store_sum(T* p, F32 x) {
 }
 #endif
 
-inline constexpr int kTileCols = kTileVectors * kLanes;
+template <int Rows, int Vectors, bool Squares>
+struct TileShape {
+  static constexpr int kRows = Rows, kVectors = Vectors, kCols = Vectors * kLanes, kSums = kRows * kCols;
+  static constexpr bool kSquares = Squares;
+};
+template <class Cell>
+struct TileOf : TileShape<kTileRows, kTileVectors, false> {};
+template <class Cell>
+struct TileRegisters {
+  TileRegisters() {}
+};
 
-// Calls body(std::integral_constant<int, V>) with V = vectors, 1 .. kTileVectors.
-template <class Body>
+}  // namespace peftk::PEFTK_TIER
+
+#ifdef PEFTK_TIER_IS_AMX_BF16
+#include "cpu/tile_amx.h"
+#endif
+
+namespace peftk::PEFTK_TIER {
+
+// Steps that a depth takes. Where the left side lies in squares they are whole ones, zeros on both sides past the depth.
+template <class Cell>
+constexpr std::int64_t steps_of(std::int64_t depth) {
+  const std::int64_t steps = (depth + Cell::kDepth - 1) / Cell::kDepth;
+  return TileOf<Cell>::kSquares ? (steps + kLanes - 1) / kLanes * kLanes : steps;
+}
+
+// Where the cell of a row and a step lies in a left side with groups `line` steps apart.
+template <class Cell>
+constexpr std::int64_t left_index(std::int64_t row, std::int64_t step, std::int64_t line) {
+  constexpr int R = TileOf<Cell>::kRows;
+  const std::int64_t group = row / R * R * line;
+  if (TileOf<Cell>::kSquares) return group + (step / kLanes * R + row % R) * kLanes + step % kLanes;
+  return group + step * R + row % R;
+}
+
+// Calls body(std::integral_constant<int, V>) with V = vectors, 1 .. TileOf<Cell>::kVectors.
+template <class Cell, class Body>
 void with_vectors(int vectors, Body&& body) {
-  static_assert(kTileVectors <= 3);
+  constexpr int kMost = TileOf<Cell>::kVectors;
+  static_assert(kMost <= 3);
   if (vectors == 1) return body(std::integral_constant<int, 1>{});
-  if constexpr (kTileVectors >= 2)
+  if constexpr (kMost >= 2)
     if (vectors == 2) return body(std::integral_constant<int, 2>{});
-  if constexpr (kTileVectors >= 3)
+  if constexpr (kMost >= 3)
     if (vectors == 3) return body(std::integral_constant<int, 3>{});
 }
 

@@ -36,8 +36,9 @@ inline void transpose(U32 (&r)[8]) {
   }
 }
 
-template <class Cell, int V>
-void multiply_tile(const std::uint32_t* left_cells, const std::uint32_t* panel_cells, std::int64_t steps, bool add, float* tile) {
+template <int V, class Cell>
+void multiply_tile(Cell, const std::uint32_t* left_cells, const std::uint32_t* panel_cells, std::int64_t steps, int, bool add,
+                   float* tile, const std::uint32_t*) {
   static_assert(std::is_same_v<Cell, FloatCell>);
   const float *left = reinterpret_cast<const float*>(left_cells), *panel = reinterpret_cast<const float*>(panel_cells);
   __m256 sum[kTileRows][V];

@@ -76,8 +76,9 @@ inline F32 sum_lanes(U32 (&rows)[16]) {
   return {sum[0]};
 }
 
-template <class Cell, int V>
-void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* tile) {
+template <int V, class Cell>
+void multiply_tile(Cell, const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, int, bool add, float* tile,
+                   const std::uint32_t*) {
   __m512 sum[kTileRows][V];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; i++)

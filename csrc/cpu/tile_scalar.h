@@ -28,8 +28,9 @@ inline void transpose(U32 (&r)[kLanes]) {
     for (int j = 0; j < i; j++) std::swap(r[i].lane[j], r[j].lane[i]);
 }
 
-template <class Cell, int V>
-void multiply_tile(const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, bool add, float* tile) {
+template <int V, class Cell>
+void multiply_tile(Cell, const std::uint32_t* left, const std::uint32_t* panel, std::int64_t steps, int, bool add, float* tile,
+                   const std::uint32_t*) {
   static_assert(std::is_same_v<Cell, FloatCell> && V == 1);
   float sum[kTileRows][kLanes] = {};
   for (std::int64_t step = 0; step < steps; step++, left += kTileRows, panel += kLanes) {

@@ -172,5 +172,5 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = peftk.info().cpu_tier == "avx512_bf16"
+        fast = peftk.info().cpu_tier in ("avx512_bf16", "amx_bf16")
     return torch.bfloat16 if fast else torch.float32

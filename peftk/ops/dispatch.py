@@ -60,7 +60,7 @@ def _warn_once(op: str, reason: str) -> None:
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Force an implementation inside the ``with``: "reference", "cpu", "cuda" or "triton"; "cpu-avx2" forces an instruction set
-    too (scalar, avx2, avx512, avx512_bf16). Ops that can't run on it raise RuntimeError with every reason."""
+    too (scalar, avx2, avx512, avx512_bf16, amx_bf16). Ops that can't run on it raise RuntimeError with every reason."""
     base, _, tier = name.partition("-")
     if base not in NAMES or (tier and base != "cpu"):
         raise ValueError(f"name: expected one of {', '.join(NAMES)} or cpu-<instruction set>, got {name!r}")

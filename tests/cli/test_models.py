@@ -98,7 +98,10 @@ def test_dtype_and_device_by_name():
             resolve_device("cuda")
 
 
-@pytest.mark.parametrize(("tier", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx512", torch.float32), (None, torch.float32)])
+@pytest.mark.parametrize(
+    ("tier", "dtype"),
+    [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512", torch.float32), (None, torch.float32)],
+)
 def test_bf16_by_itself_only_where_the_processor_multiplies_it(monkeypatch, tier, dtype):
     class Facts:
         cpu_tier = tier

@@ -116,7 +116,7 @@ def test_independent_of_threads(implementation):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("tier", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("tier", ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_any_range_of_elements(tier):
     """The kernel decodes a part, from an odd element and across blocks: what panels of a matrix need."""
     if native() is None or tier not in native().available_tiers():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from numerics import assert_no_worse_than_twice_plain, plain_products, row_scaled
@@ -87,6 +90,21 @@ def test_same_result_for_any_number_of_threads(implementation):
         torch.set_num_threads(threads)
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), dtype
+
+
+def test_in_turn_with_torchs_own_products(implementation):
+    """oneDNN configures the tile registers of a thread for itself, as the AMX tier does: neither may find the other's."""
+    w4 = peftk.quantize_nf4(torch.randn(256, 320))
+    x, weight = torch.randn(64, 320).bfloat16(), w4.dequantize(torch.bfloat16)
+    ours, theirs = nf4_linear(x, w4), x @ weight.T
+
+    def in_turn():
+        for _ in range(5):
+            assert torch.equal(x @ weight.T, theirs) and torch.equal(nf4_linear(x, w4), ours)
+
+    in_turn()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(contextvars.copy_context().run, in_turn).result()
 
 
 def test_gradcheck():
