@@ -34,6 +34,7 @@ def test_all(row: memory_plan.Row):
     assert abs(ratio(row) - 1) < WITHIN
 
 
+@pytest.mark.full  # a process of its own, for an error
 def test_a_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="KeyError: 'nonsense'"):
         memory_plan.measured({**memory_plan.rows()[0], "method": "nonsense"})
