@@ -7,12 +7,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from peftk.cli import finetune, generate, info, quantize
+from peftk.cli import finetune, generate, info, memory, quantize
 from peftk.cli.errors import UserError
 
 __all__ = ["main"]
 
-COMMANDS = (finetune, generate, quantize, info)
+COMMANDS = (finetune, generate, quantize, memory, info)
 USER_ERROR = 2  # argparse's own exit status for a bad flag
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -39,13 +39,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 where the user's input is at fault, 130 after Ctrl-C. Errors of the
-    program itself are raised."""
+    """Run one command; returns the exit status: 0 or what the command returns (peftk memory: 1 where a card is too small), 2
+    where the user's input is at fault, 130 after Ctrl-C. Errors of the program itself are raised."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("peftk").setLevel(logging.INFO)
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except UserError as error:
         print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -57,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\npeftk {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return status or 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -209,12 +210,15 @@ METHODS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--method, --base, and every method's own flags."""
-    about = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
-    parser.add_argument("--method", choices=METHODS, default="qlora", help=about)
+def add_arguments(
+    parser: argparse._ArgumentGroup, names: Collection[str] = tuple(FLAGS), others: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """--method, --base, and those of the methods' own flags that ``names`` has. ``others``: methods that need no adapter, with
+    what to say of them."""
+    about = "; ".join(f"{name}: {told}" for name, told in {**{n: m.about for n, m in METHODS.items()}, **others}.items())
+    parser.add_argument("--method", choices=(*METHODS, *others), default="qlora", help=about)
     parser.add_argument("--base", choices=BASES, default=argparse.SUPPRESS, help="linear layers in --dtype, or in 4 bits")
-    for name, options in FLAGS.items():
+    for name, options in ((name, FLAGS[name]) for name in names):
         known = {method: m.flags[name] for method, m in METHODS.items() if name in m.flags}
         by_default = {_told(default) for default in known.values()}
         told = f"{options['help']} ({', '.join(known)}; default: {' or '.join(sorted(by_default))})"
@@ -233,7 +237,7 @@ def settle(arguments: argparse.Namespace) -> None:
     arguments.base = getattr(arguments, "base", method.bases[0])
     if arguments.base not in method.bases:
         raise UserError(f"--base {arguments.base}: --method {arguments.method} is on {' or '.join(method.bases)}")
-    if arguments.lr is None:
+    if getattr(arguments, "lr", 0.0) is None:
         arguments.lr = method.lr
 
 

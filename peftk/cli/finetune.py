@@ -14,9 +14,9 @@ from torch import nn
 import peftk
 from peftk.cli import adapters, flags, output, resume
 from peftk.cli.errors import UserError
-from peftk.cli.memory import keep_freed_memory, peak_bytes, readable
 from peftk.cli.models import DTYPES, MODEL_HELP, Opened, open_for, resolve_device, resolve_dtype
 from peftk.cli.prepare import kept_dense, prepare_base
+from peftk.cli.process_memory import keep_freed_memory, peak_bytes, readable
 from peftk.cli.rank_plot import draw_ranks
 from peftk.cli.tasks import TASKS, Task
 from peftk.cli.training import SCHEDULES, Data, Plan, Progress, train

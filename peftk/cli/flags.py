@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from argparse import ArgumentTypeError
 
+from peftk import planner
+
 
 def _whole(text: str, low: int, expected: str) -> int:
     try:
@@ -79,3 +81,19 @@ def share_above_0(text: str) -> float:
     if not 0 < value <= 1:
         raise ArgumentTypeError(f"expected a share in (0, 1], got {text}")
     return value
+
+
+def size(text: str) -> int:
+    """Bytes, of '2GB' or '512MiB'."""
+    try:
+        return planner.size_of(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def card(text: str) -> tuple[str, int]:
+    """A card's name and its bytes, of the name or of a size."""
+    try:
+        return planner.card_of(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None

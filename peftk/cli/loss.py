@@ -126,12 +126,15 @@ def _why_not_chunked(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _probe(model: nn.Module, head: nn.Linear) -> str:
-    """Compare head(body(x)) with the model's own logits: some models scale or cap them."""
+    """Compare head(body(x)) with the model's own logits: some models scale or cap them. On the meta device, where nothing can be
+    compared, the logits have to be the head's output itself."""
     vocabulary = head.weight.shape[0]
     tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % vocabulary
     training = model.training
     model.eval()
     try:
+        if head.weight.is_meta:
+            return "" if _is_untouched(model, head, tokens) else f"{type(model).__name__} changes its logits after the head"
         own = model(input_ids=tokens, use_cache=False).logits.float()
         ours = head(_given_to(head, model, tokens)).float()
     finally:
@@ -139,3 +142,14 @@ def _probe(model: nn.Module, head: nn.Linear) -> str:
     if own.shape != ours.shape or (own - ours).norm() > PROBE_TOLERANCE * own.norm():
         return f"{type(model).__name__} changes its logits after the head"
     return ""
+
+
+def _is_untouched(model: nn.Module, head: nn.Linear, tokens: torch.Tensor) -> bool:
+    """Whether the model's logits lie in the memory that its head has filled."""
+    made: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: made.append(output))
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits.untyped_storage()._cdata == made[0].untyped_storage()._cdata

@@ -14,9 +14,9 @@ from torch import nn
 import peftk
 from peftk.atomic import write_folder
 from peftk.cli.errors import UserError
-from peftk.cli.memory import readable
 from peftk.cli.models import DTYPES, MODEL_HELP, open_model
 from peftk.cli.prepare import quantise_base
+from peftk.cli.process_memory import readable
 from peftk.nn import NF4Linear
 
 SUMMARY = "store a model with its linear layers in 4 bits"

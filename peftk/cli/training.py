@@ -14,8 +14,8 @@ from torch import nn
 
 import peftk
 from peftk.cli.errors import UserError, require
-from peftk.cli.memory import peak_bytes, readable
 from peftk.cli.packing import batch_order
+from peftk.cli.process_memory import peak_bytes, readable
 from peftk.methods.attach import find_attached
 
 SCHEDULES = ("cosine", "constant")

@@ -122,7 +122,8 @@ def squared_norms(layer: Decomposed) -> torch.Tensor:
 @torch.no_grad()
 def weight_norm(layer: Decomposed, name: str) -> torch.Tensor:
     """||W + s B A|| by row, (n,) fp32 (fp64 for fp64 factors). A row of zeros has the norm infinity: its g is 0."""
-    with torch.autocast(layer.weight.device.type, enabled=False):
+    kind = "cpu" if layer.weight.is_meta else layer.weight.device.type  # autocast knows no meta device
+    with torch.autocast(kind, enabled=False):
         squares = squared_norms(layer)
         A, B = (factor[0].to(squares.dtype) for factor in layer.matrices(name)[""])
         s, wa = layer.scaling[name], layer.matrix_product(A).to(squares.dtype)

@@ -22,6 +22,8 @@ logger = logging.getLogger("peftk")
 
 _forced: ContextVar[str | None] = ContextVar("peftk_implementation", default=None)
 _warned: set[tuple[str, str]] = set()
+# No ContextVar: autograd runs the backward pass of meta tensors on a thread of its own.
+_meta = {"stands for": "meta"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,22 @@ def _warn_once(op: str, reason: str) -> None:
     if (op, reason) not in _warned:
         _warned.add((op, reason))
         logger.warning("%s runs on the reference implementation, which is slow: %s", op, reason)
+
+
+@contextlib.contextmanager
+def meta_stands_for(device_type: str) -> Iterator[None]:
+    """Inside the ``with`` code that asks which way to compute takes meta tensors for those of this device ("cpu" or "cuda"): a
+    planner runs a model's step without memory, and the step is to be the one that the device would run."""
+    before, _meta["stands for"] = _meta["stands for"], device_type
+    try:
+        yield
+    finally:
+        _meta["stands for"] = before
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """As torch names it: cpu, cuda, …; of a meta tensor what it stands for."""
+    return _meta["stands for"] if tensor.is_meta else tensor.device.type
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ def lora_linear(
 def has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a kernel of ours takes these. Where none does, torch's products by parts are faster than the reference."""
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    cpu_kernel = x.device.type == "cpu" and x.dtype in NATIVE_DTYPE and (torch.compiler.is_compiling() or native() is not None)
+    is_cpu = dispatch.device_type(x) == "cpu"
+    cpu_kernel = is_cpu and x.dtype in NATIVE_DTYPE and (torch.compiler.is_compiling() or native() is not None)
     return plain and cpu_kernel
 
 

@@ -1,0 +1,162 @@
+"""`python -m bench.memory_plan`: what `peftk memory` predicts for a CPU beside what real training steps take.
+
+Every row in a process of its own: import everything, note the resident memory, build the model with random weights, prepare it
+as `peftk finetune` does, give what that freed back, set the high-water mark back, and run STEPS steps (torch's AdamW, clipping,
+AdaLoRA's schedule). Measured is the high-water mark less the memory after import. Linux with glibc only.
+
+malloc is told to give back every block from 64 KiB on as it is freed, so that what is measured is what the step holds, and not
+what the C library's heap keeps: that differs from run to run of one program, and grows over the first steps. ``--malloc
+finetune`` measures with `peftk finetune`'s own setting, under which the heap keeps holes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from peftk import planner
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 3  # the optimizer's states are there from the second on
+GIVE_BACK = 64 << 10  # bytes, from which a block is given back as it is freed
+FIELDS = ("model", "method", "base", "batch", "length", "checkpointing", "malloc", "predicted", "measured", "ratio", "largest")
+METHODS = ("qlora", "lora", "dora", "adalora", "prefix", "prompt", "ptuning", "ptuning-v2")
+
+Row = dict[str, object]
+
+
+def rows(length: int = 256) -> list[Row]:
+    """SmolLM2 with every method and base, with and without checkpointing; and the larger model."""
+    found = []
+    for method in METHODS:
+        for base in ("nf4",) if method == "qlora" else ("dense", "nf4"):
+            for checkpointing in (False, True):
+                found.append(_row("smollm2-135m", method, base, 1, length, checkpointing))
+    found += [_row("smollm2-135m", "full", "dense", 1, length, checkpointing) for checkpointing in (False, True)]
+    found += [_row("smollm2-135m", "qlora", "nf4", 4, length, False), _row("smollm2-135m", "lora", "dense", 4, length, False)]
+    for method, base in (("qlora", "nf4"), ("lora", "dense")):
+        found += [_row("tinyllama-1.1b", method, base, 1, length, checkpointing) for checkpointing in (False, True)]
+    return found
+
+
+def _row(model: str, method: str, base: str, batch: int, length: int, checkpointing: bool) -> Row:
+    return dict(model=model, method=method, base=base, batch=batch, length=length, checkpointing=checkpointing)
+
+
+def predicted(row: Row) -> planner.Plan:
+    """By `peftk memory`'s own code."""
+    from peftk.cli.memory import plan_of
+
+    return plan_of(_arguments(row), _choice(row))
+
+
+def measured(row: Row, malloc: str = "given back") -> int:
+    """Bytes above those after import; RuntimeError with what the process said where it fails."""
+    command = [sys.executable, "-m", "bench.memory_plan", "--child", json.dumps({**row, "malloc": malloc})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"{row}: {said[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def _arguments(row: Row) -> argparse.Namespace:
+    return argparse.Namespace(model=row["model"], dtype="bf16", method=row["method"])
+
+
+def _choice(row: Row) -> planner.Choice:
+    step = planner.Step(row["batch"], row["length"], row["checkpointing"], device_type="cpu")
+    return planner.Choice(step, planner.Machine(), row["base"], None, row["method"])
+
+
+def _child(row: Row) -> int:
+    """In a fresh process."""
+    import transformers
+
+    import peftk
+    from peftk.cli.loss import LanguageModelLoss
+    from peftk.cli.memory import preparation
+    from peftk.cli.process_memory import keep_freed_memory
+
+    libc = ctypes.CDLL(None)
+    if row["malloc"] == "finetune":
+        keep_freed_memory()
+    else:
+        libc.mallopt(-3, GIVE_BACK)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, GIVE_BACK)  # M_TRIM_THRESHOLD
+    torch.set_num_threads(1)
+    config = planner.config_of(row["model"])
+    transformers.AutoModelForCausalLM._model_mapping[type(config)]  # imports the code of the model
+    after_import = _status("VmRSS")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    preparation(_arguments(row), _choice(row))(model)
+    model.train()
+    if row["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = peftk.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    schedule = peftk.adalora_schedule(model, optimizer) if row["method"] == "adalora" else None
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    loss = LanguageModelLoss(model)
+    for _ in range(STEPS):
+        ids = torch.randint(0, 1000, (row["batch"], row["length"]))
+        part = loss(ids, ids) / ids.numel()
+        part.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    del schedule
+    return _status("VmHWM") - after_import
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--malloc", choices=("given back", "finetune"), default="given back")
+    parser.add_argument("--record", type=Path, help="a CSV to append to")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(_child(json.loads(arguments.child)))
+        return
+    for row in rows(arguments.length):
+        name = " ".join(map(str, row.values()))
+        if arguments.only not in name:
+            continue
+        plan = predicted(row)
+        found = measured(row, arguments.malloc)
+        largest = max(plan.parts, key=plan.parts.get)
+        done = {**row, "malloc": arguments.malloc, "predicted": plan.total, "measured": found, "largest": largest}
+        done["ratio"] = round(plan.total / found, 4)
+        print(f"{name:<48} {plan.total / 1e6:9.1f} MB predicted {found / 1e6:9.1f} measured {done['ratio']:.3f}", flush=True)
+        if arguments.record:
+            _append(arguments.record, done)
+
+
+def _append(path: Path, row: Row) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
