@@ -1,0 +1,1 @@
+"""peftk underneath other frameworks; each module imports its package where it is used."""
