@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -49,6 +49,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    # bitsandbytes loads peftk_bitsandbytes: a package of its own, which can be imported where peftk can't
+    packages=[*find_packages(include=["peftk", "peftk.*"]), "peftk_bitsandbytes"],
+    package_dir={"peftk_bitsandbytes": "peftk/integrations/bitsandbytes/entry"},
     ext_modules=[Extension("peftk._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -2,3 +2,7 @@
 
 ``python -m bench <op>`` tests the op, then times it beside its peers.
 """
+
+import os
+
+os.environ["PEFTK_BITSANDBYTES"] = "0"  # bitsandbytes as a peer is what it is without us

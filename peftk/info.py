@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from peftk import replaced
 from peftk.native import native, why_not_native
 from peftk.ops import gpu
 
@@ -27,6 +28,7 @@ class Info:
     triton: bool  # whether Triton kernels run
     why_not_triton: str
     devices: list[str] = field(default_factory=list)
+    replaced: dict[str, tuple[str, ...]] = field(default_factory=dict)  # functions and kernels of other packages, by package
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items())]
@@ -40,6 +42,8 @@ class Info:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
         lines.append(f"triton     {'runs where CUDA kernels do not' if self.triton else 'does not run: ' + self.why_not_triton}")
+        for package, names in self.replaced.items():
+            lines += [f"in {package} peftk stands in for:", *(f"  {name}" for name in names)]
         return "\n".join(lines)
 
 
@@ -60,6 +64,7 @@ def info() -> Info:
         triton=not why_not_triton,
         why_not_triton=why_not_triton,
         devices=devices,
+        replaced=replaced.listed(),
     )
 
 

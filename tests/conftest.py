@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PEFTK_BITSANDBYTES"] = "0"  # a peer is what it is without us; tests/integrations takes over by itself
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -15,20 +15,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftk"
 TEXT = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
-# What a room may import beside itself; `native`, `progress`, `atomic` are tools that import no room.
+# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced` are tools that import no room.
 ALLOWED = {
     "format": set(),
     "native": set(),
     "progress": set(),
     "atomic": set(),
+    "replaced": set(),
     "ops": {"format", "native"},
     "paging": {"format", "native"},
     "optim": {"ops", "paging", "format", "native"},
-    "info": {"ops", "native"},
+    "info": {"ops", "native", "replaced"},
     "nn": {"ops", "format", "progress"},
     "methods": {"nn", "ops", "format", "progress"},
     "checkpoint": {"methods", "nn", "format", "atomic"},
-    "integrations": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress", "info"},
+    "integrations": {"methods", "nn", "ops", "format", "native", "checkpoint", "atomic", "progress", "info", "replaced"},
     "cli": {"methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress", "info"},
 }
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").exists())

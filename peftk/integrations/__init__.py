@@ -1,1 +1,1 @@
-"""peftk underneath other frameworks; each module imports its package where it is used."""
+"""peftk as a backend of other packages. Each is imported where it is used."""
