@@ -15,6 +15,7 @@ from torch import nn
 import peftk
 from peftk.integrations import peft as integration
 
+VERSION = tuple(map(int, hf.__version__.split(".")[:2]))
 CONFIGS = {"lora": lora, "dora": lambda: lora(use_dora=True), "adalora": adalora}
 
 
@@ -59,6 +60,7 @@ def test_compiles_as_one_graph(config: str):
     torch.testing.assert_close(compiled(x), expected)
 
 
+@pytest.mark.skipif(VERSION < (0, 20), reason="transformers asks for HF peft 0.20")
 def test_transformers_own_add_adapter():
     base = in_4_bits("llama")
     base.add_adapter(lora(), adapter_name="mine")
@@ -77,13 +79,15 @@ def test_preparing_for_training_in_few_bits_leaves_the_bytes():
 def test_a_start_that_comes_too_late_says_what_to_do(start: str):
     config = lora(task_type="CAUSAL_LM")
     config.init_lora_weights = start  # HF peft's own check of it asks for more packages
-    with pytest.raises(ValueError, match=f"init_lora_weights: '{start}' .*q_proj is in 4 bits already: prepare it before"):
+    with pytest.raises(ValueError, match=f"init_lora_weights: '{start}' .* is in 4 bits already: prepare it before"):
         wrapped(in_4_bits("llama"), config)
 
 
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"])
 def test_starts_are_hf_pefts_on_the_decoded_weight(start: str):
-    """Those that leave a rest have it quantised once: the sum is nearer to W than 4 bits are."""
+    """Those that leave a rest have it quantised once."""
+    if start == "mica" and VERSION < (0, 21):
+        pytest.skip("newer than this HF peft")
     base = in_4_bits("llama")
     twin = decoded(base)
     models, names = [], ["q_proj", "down_proj"]

@@ -13,6 +13,9 @@ inject_adapter_in_model, transformers' add_adapter.
 - Several active adapters, ``adapter_names=``, lora_bias, hooks on parts of the layer, other variants: HF peft's own code around
   the 4-bit product.
 - Merging, of every tuner: all adapters in fp32 from the original weight, then one quantisation; unmerging puts the bytes back.
+  What is smaller than a code's step is lost in it, as after a few steps of training almost everything is.
+- Around bitsandbytes' Linear4bit, where ``peftk.integrations.bitsandbytes`` is on: the fused op for LoRA and AdaLoRA, on its
+  bytes where they lie; all else, merging and DoRA too, is HF peft's own.
 - Starts taken from W (PiSSA, OLoRA, MiCA, orthogonal): on the decoded weight; what is left of it is quantised once.
 
 ``peftk`` does ``register()`` when it is imported, unless the environment says PEFTK_PEFT=0.
@@ -54,7 +57,7 @@ def fuse(model: nn.Module) -> nn.Module:
     it has none; RuntimeError for a version of HF peft that isn't known."""
     if reason := _why_not():
         raise RuntimeError(reason)
-    found = [m for m in model.modules() if is_quantised(m._modules.get("base_layer")) and adopt(m)]
+    found = [m for m in model.modules() if is_quantised(m._modules.get("base_layer")) and adopt(m, m.base_layer)]
     if not found:
         raise ValueError(
             f"model: expected 4-bit layers inside HF peft's, got a {type(model).__name__} without; quantise it first"
@@ -65,7 +68,7 @@ def fuse(model: nn.Module) -> nn.Module:
 def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """torch calls this for every module that another one takes."""
     if name == "base_layer" and is_quantised(child) and "peft" in sys.modules and not _is_unknown_version():
-        adopt(module)
+        adopt(module, child)
 
 
 def _why_not() -> str:

@@ -1,0 +1,1 @@
+"""Whole models: ``rows(size, repeat, limits)``; the size is the model's own."""
