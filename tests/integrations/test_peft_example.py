@@ -11,6 +11,6 @@ pytest.importorskip("peft")
 def test_two_steps_of_smollm2_and_its_file():
     from bench.examples import hf_peft
 
-    losses = hf_peft.main()
+    losses = hf_peft.main(length=32)
     assert losses["step 0"] > losses["step 1"] > losses["trained"]
     assert losses["trained"] == losses["read again"] and losses["step 0"] < 6

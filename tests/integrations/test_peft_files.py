@@ -30,7 +30,7 @@ def read(folder: Path, **arguments) -> torch.nn.Module:
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_hf_peft_reads_its_own_files_onto_fused_layers(config: str, low_cpu_mem_usage: bool, tmp_path: Path):
-    if config == "adalora" and low_cpu_mem_usage and hf.__version__ < "0.21":
+    if config == "adalora" and low_cpu_mem_usage and hf.__version__ < "0.20":
         pytest.skip("this HF peft leaves ranknum without a value")
     ours, _ = pair("llama", CONFIGS[config]())
     ours.save_pretrained(tmp_path)

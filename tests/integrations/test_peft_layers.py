@@ -86,7 +86,7 @@ def test_a_start_that_comes_too_late_says_what_to_do(start: str):
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"])
 def test_starts_are_hf_pefts_on_the_decoded_weight(start: str):
     """Those that leave a rest have it quantised once."""
-    if start == "mica" and VERSION < (0, 21):
+    if start == "mica" and VERSION < (0, 20):
         pytest.skip("newer than this HF peft")
     base = in_4_bits("llama")
     twin = decoded(base)
