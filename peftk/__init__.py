@@ -1,9 +1,10 @@
-"""peftk: kernels and thin modules for cheap fine-tuning of large models. The public names, grouped; nothing else."""
+"""peftk: kernels and thin modules for cheap fine-tuning of large models. Its public names, and HF peft's registration."""
 
 from peftk import nn, ops, optim
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.format.nf4 import NF4Weight
 from peftk.info import info
+from peftk.integrations.peft import register as _register_with_hf_peft
 from peftk.methods import (
     AdaLoraConfig,
     EvaConfig,
@@ -95,3 +96,5 @@ __all__ = [
     # optimizers
     "optim",
 ]
+
+_register_with_hf_peft()
