@@ -260,7 +260,7 @@ def markdown(rows: Sequence[dict[str, str]], headlines: Mapping[str, str]) -> st
         cells = (f"`{ours['op']}`", ours["isa"], ours["case"], *cells, _cell(ours, "error", "{:.1e}"), goal)
         lines.append(f"| {' | '.join(cells)} | {'<br>'.join(map(_peer, others)) or NONE} |")
     for stamp in dict.fromkeys(_stamp(run[0]) for run in shown):
-        ops = ", ".join(f"`{run[0]['op']}` ({run[0]['isa']})" for run in shown if _stamp(run[0]) == stamp)
+        ops = ", ".join(f"`{run[0]['op']}`" for run in shown if _stamp(run[0]) == stamp)
         lines += ["", f"{ops}: {stamp}"]
     return "\n".join(lines)
 
