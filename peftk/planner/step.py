@@ -20,6 +20,7 @@ GRADIENTS, OPTIMIZER, IMPORTANCES = "gradients", "optimizer states", "AdaLoRA's 
 ACTIVATIONS, LOGITS, INPUT_GRADIENTS = "activations", "logits", "input gradients"
 KINDS = (WEIGHTS4, CONSTANTS, WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, IMPORTANCES, ACTIVATIONS, INPUT_GRADIENTS, LOGITS)
 
+ADAMW = moments.AVERAGE, moments.SQUARE
 MIN_8BIT_SIZE = 4096  # elements; peftk.optim.AdamW's own default
 Loss = Callable[[nn.Module], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]  # model -> (input_ids, labels) -> scalar
 
@@ -81,8 +82,8 @@ def optimizer_states(trained: list[nn.Parameter], bits: int) -> list[torch.Tenso
     found: list[torch.Tensor] = []
     for parameter in trained:
         own = 32 if parameter.numel() < MIN_8BIT_SIZE else bits
-        state = moments.fresh(parameter.detach(), own, torch.empty)
-        found += [state[name] for name in moments.names(own)]
+        state = moments.fresh(parameter.detach(), ADAMW, own, torch.full)
+        found += [state[name] for name in moments.names(ADAMW, own)]
     return found
 
 
