@@ -1,4 +1,4 @@
-"""A method that doesn't keep its model alive."""
+"""A function of a model that doesn't keep it alive."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 
 class Bound:
-    """function(model, …) as a callable that others of the model's attributes may hold: no cycle of references, so that a model's
-    memory is freed with its last name. A deep copy or a pickle of the model has it bound to the copy."""
+    """function(model, …) for an attribute of one of the model's attributes: no cycle of references, so that the memory is freed
+    with the model's last name. A deep copy or a pickle of the model has it bound to the copy."""
 
     def __init__(self, function: Callable[..., Any], model: nn.Module):
         self.function, self._model = function, weakref.ref(model)

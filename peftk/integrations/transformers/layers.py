@@ -90,7 +90,10 @@ def replace_layers(model: nn.Module, config: NF4Config, kept: list[str], is_kept
 
 
 def finish_layers(model: nn.Module, keep_dense: bool) -> None:
-    """No layer is pending any more."""
+    """No layer is pending any more. Raises the first error that a Parameter brought."""
+    for error in (getattr(p, "error", None) for p in model.parameters()):
+        if error is not None:
+            raise error
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, PendingLinear):
             module.finish(model, path, keep_dense)

@@ -39,7 +39,6 @@ class Loading(HfQuantizer):
 
     def __init__(self, quantization_config: NF4Config, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.failed: list[Exception] = []
         self.has_adapters: Callable[[], bool] = lambda: False
 
     @property
@@ -72,8 +71,6 @@ class Loading(HfQuantizer):
         replace_layers(model, self.quantization_config, sorted(names), lambda path: is_kept(path, names))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self.failed:
-            raise self.failed[0]
         finish_layers(model, keep_dense=self.pre_quantized)
         self.has_adapters = Bound(has_adapters, model)
         save_adapters_only(model)
@@ -100,16 +97,17 @@ class Loading5(Loading):
         return {"deserialize": Deserialise}
 
     def taken(self, model: nn.Module, name: str, tensor: torch.Tensor | dict[str, torch.Tensor]) -> nn.Parameter:
-        """The Parameter for the layer. An error is kept until all files are read: where it is raised here, transformers logs it
-        in a report and raises one that doesn't tell it."""
+        """The Parameter for the layer. An error waits on it until all files are read: where it is raised here, transformers logs
+        it in a report and raises one that doesn't tell it. ``self`` may be a copy."""
         layer = pending(model, name)
         try:
             if layer is None:
                 raise ValueError(f"{name}: in 4 bits in the file, but among the modules that stay dense")
             return layer.take(tensor, name)
         except (ValueError, TypeError) as error:
-            self.failed.append(error)
-            return nn.Parameter(torch.empty_like(model.get_parameter(name), device="meta"), requires_grad=False)
+            parameter = nn.Parameter(torch.empty_like(model.get_parameter(name), device="meta"), requires_grad=False)
+            parameter.error = error
+            return parameter
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from peftk.integrations.transformers.load_ops import Deserialise
