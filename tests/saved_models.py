@@ -9,8 +9,16 @@ import transformers
 from tiny_models import gpt2, llama, t5
 from torch import nn
 
-MODELS = {"llama": llama, "llama-tied": lambda: llama(tie_word_embeddings=True), "gpt2": gpt2, "t5": t5}
 IS_4 = transformers.__version__.startswith("4.")
+
+
+def wide_llama() -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.1))
+
+
+MODELS = {"llama": llama, "llama-tied": lambda: llama(tie_word_embeddings=True), "gpt2": gpt2, "t5": t5}
+MODELS["llama-64"] = wide_llama  # whole blocks a row: bitsandbytes decodes no others right
 
 
 def saved(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, **kwargs) -> Path:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import peftk
 from peftk.methods.attach import attached, find_attached, wrappers
 
+logger = logging.getLogger("peftk")
 MARK = "peftk_adapters_only"  # a key that tells such a state_dict from one that lacks the model's other weights by mistake
 
 
@@ -23,7 +26,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     if state.biases is not None:
         ours |= {id(p) for p in state.biases.parameters(model).values()}
     found = {name: p.detach() for name, p in model.named_parameters() if id(p) in ours}
-    if sharded := [name for name, p in found.items() if isinstance(p, torch.distributed.tensor.DTensor)]:
+    if sharded := [name for name, p in found.items() if isinstance(p, DTensor)]:
         raise ValueError(f"model: expected adapters that are whole in each process, got sharded ones, {sharded[0]} for one")
     return found | {MARK: torch.ones(1, dtype=torch.uint8)}
 
@@ -47,10 +50,17 @@ def check_loaded(model: nn.Module, incompatible: Any) -> None:
 
 def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str | None = None) -> None:
     """HF peft's files of each adapter, ``default`` in the folder itself and others below it, as HF peft has them; with
-    ``state_file``, ``adapter_state`` too."""
+    ``state_file``, ``adapter_state`` too. ValueError for an adapter that HF peft's files can't hold (PiSSA on a weight that was
+    quantised after it); with ``state_file``, which can, a warning."""
     for name in attached(model).configs:
-        peftk.save_adapter(model, Path(folder) / ("" if name == "default" else name), name)
+        try:
+            peftk.save_adapter(model, Path(folder) / ("" if name == "default" else name), name)
+        except ValueError as error:
+            if state_file is None:
+                raise
+            logger.warning("%s has no adapter_model.safetensors, and training goes on: %s", folder, error)
     if state_file is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(adapter_state(model), Path(folder) / state_file)
 
 

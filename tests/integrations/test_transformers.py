@@ -60,7 +60,7 @@ def test_shards_and_device_maps(tmp_path: Path, device_map):
     ours(**inputs())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "t5"])
 def test_round_trip_bit_for_bit(tmp_path: Path, name: str):
     """Twice, since a model that was read in 4 bits takes another way through transformers' writer."""
     config = NF4Config(block_size=128, double_quant=name != "gpt2", quant_type="fp4" if name == "t5" else "nf4")
