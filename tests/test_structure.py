@@ -167,8 +167,8 @@ def test_no_swallowed_errors_and_no_magic():
 
 @pytest.mark.parametrize("package", ["transformers", "peft", "bitsandbytes", "tqdm", "matplotlib", "gguf", "tokenizers"])
 def test_optional_packages_are_imported_where_used(package: str):
-    """No module of ours imports an extra at its top, so `import peftk` needs the core dependencies only; but integrations/<package>
-    may import its package, since no module of ours imports that."""
+    """No module of ours imports an extra at its top, so `import peftk` needs the core dependencies only. integrations/<package>
+    may import its package, since no module of ours imports that room."""
     for path in python_files(PACKAGE):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         if parts[:2] == ("integrations", package):

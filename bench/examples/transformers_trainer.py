@@ -25,7 +25,9 @@ ids = tokenizer(open("bench/data/persuasion.txt").read(), verbose=False).input_i
 data = [{"input_ids": ids[i : i + length], "labels": ids[i : i + length]} for i in range(0, 64 * length, length)]
 model = peftk.attach(read(), peftk.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 out = tempfile.mkdtemp()
-arguments = TrainingArguments(out, max_steps=steps, save_steps=steps, logging_steps=1, per_device_train_batch_size=2, report_to=[])
+arguments = TrainingArguments(
+    out, max_steps=steps, save_steps=steps, logging_steps=1, per_device_train_batch_size=2, report_to=[]
+)
 trainer = Trainer(model=model, args=arguments, train_dataset=data)
 trainer.train()  # Trainer(...).train(resume_from_checkpoint=True) goes on exactly from adapters and optimizer
 trainer.save_model(f"{out}/adapter")  # HF peft's files

@@ -64,7 +64,9 @@ def test_reads_theirs(tmp_path: Path, name: str, facts: dict):
 
 def test_outputs_are_theirs(tmp_path: Path):
     facts = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    model = theirs(saved(tmp_path / "dense", "llama-64"), tmp_path / "four", **facts).train()  # in eval mode it would repack its weights
+    model = theirs(
+        saved(tmp_path / "dense", "llama-64"), tmp_path / "four", **facts
+    ).train()  # in eval mode it would repack its weights
     ours = from_bitsandbytes(tmp_path / "four", dtype=torch.bfloat16)
     y, expected = ours(**inputs()).logits.float(), model(**inputs()).logits.float()
     assert (y - expected).norm() < 0.02 * expected.norm()

@@ -1,4 +1,4 @@
-"""transformers' own Trainer on a model from NF4Config, with peftk.attach and with HF peft: what it saves, and exact resumption."""
+"""transformers' own Trainer on a model from NF4Config, with peftk.attach and with HF peft: what it saves, exact resuming."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def adapted(folder: Path, kind: str = "lora", name: str = "default", dtype: torc
 
 def trainer(model: torch.nn.Module, out: Path, **arguments) -> transformers.Trainer:
     facts = {"max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
-    arguments = transformers.TrainingArguments(
-        str(out), per_device_train_batch_size=3, disable_tqdm=True, **(facts | arguments)
-    )
+    arguments = transformers.TrainingArguments(str(out), per_device_train_batch_size=3, disable_tqdm=True, **(facts | arguments))
     return transformers.Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:4])
 
 

@@ -16,9 +16,9 @@ from peftk.methods.attach import find_attached
 
 
 def save_adapters_only(model: nn.Module) -> nn.Module:
-    """Where ``model`` has adapters (peftk.attach), its ``save_pretrained`` writes them in HF peft's files, so ``Trainer.save_model``
-    does, and nothing of the base model. In Trainer's own checkpoints ``pytorch_model.bin`` is beside them, with the adapters'
-    parameters only, from which Trainer resumes exactly and loads its best model. Returns the model.
+    """Where ``model`` has adapters (peftk.attach), its ``save_pretrained`` writes them in HF peft's files, and so does
+    ``Trainer.save_model``, with nothing of the base model. In Trainer's own checkpoints ``pytorch_model.bin`` is beside them,
+    with the adapters' parameters only, from which Trainer resumes exactly and loads its best model. Returns the model.
 
     ``from_pretrained`` with an NF4Config has done this already. Without adapters the model is saved as before. The model's class
     becomes a subclass of what it was, under the same name.

@@ -76,7 +76,7 @@ def replace_layers(model: nn.Module, config: NF4Config, kept: list[str], is_kept
     for path, module in model.named_modules():
         if is_experts(module) and not is_kept(path):
             raise ValueError(
-                f"modules_to_not_convert: expected it to name {path}, whose fused experts can't be quantised while they are read; "
+                f"modules_to_not_convert: expected it to name {path}, whose fused experts can't be quantised as they are read; "
                 "peftk.quantize_model(model) does so afterwards"
             )
     tied = {name.removesuffix(".weight") for pair in _tied(model).items() for name in pair}

@@ -112,7 +112,9 @@ class Loading5(Loading):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from peftk.integrations.transformers.load_ops import Deserialise
 
-        used = getattr(model, "_weight_conversions", None)  # undone when the model is saved; but its state_dict has the file's form
+        used = getattr(
+            model, "_weight_conversions", None
+        )  # undone when the model is saved; but its state_dict has the file's form
         if used is not None:
             ours = [c for c in used if any(isinstance(op, Deserialise) for op in getattr(c, "operations", ()))]
             model._weight_conversions = [conversion for conversion in used if conversion not in ours]
@@ -129,7 +131,9 @@ class Loading4(Loading):
 
     def preprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
         super().preprocess_model(model, **kwargs)
-        if self.pre_quantized:  # version 4 reads parts of a weight, uncast, for the methods only that it knows; the form is this one's
+        if (
+            self.pre_quantized
+        ):  # version 4 reads parts of a weight, uncast, for the methods only that it knows; the form is this one's
             self.quantization_config = _AsBitsandbytes(self.quantization_config)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
