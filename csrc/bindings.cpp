@@ -5,8 +5,10 @@
 #include "format/dynamic8.h"
 #include "format/nf4.h"
 #include "ops/adamw_step/op.h"
+#include "ops/ademamix_step/op.h"
 #include "ops/blockwise8_dequantize/op.h"
 #include "ops/blockwise8_quantize/op.h"
+#include "ops/lion_step/op.h"
 #include "ops/lora_linear/op.h"
 #include "ops/nf4_dequantize/op.h"
 #include "ops/nf4_linear/op.h"
@@ -47,8 +49,12 @@ PYBIND11_MODULE(_C, m) {
 
   PEFTK_OP(adamw_step);
   PEFTK_OP(adamw_step8);
+  PEFTK_OP(ademamix_step);
+  PEFTK_OP(ademamix_step8);
   PEFTK_OP(blockwise8_dequantize);
   PEFTK_OP(blockwise8_quantize);
+  PEFTK_OP(lion_step);
+  PEFTK_OP(lion_step8);
   PEFTK_OP(lora_linear);
   PEFTK_OP(lora_linear_backward);
   PEFTK_OP(nf4_dequantize);

@@ -34,7 +34,7 @@ def cases(size: int) -> Iterator[Case]:
     yield Case(f"{4 * size}x{size} fp32", work(whole, 8), [ours(whole), torch_fused(whole)], Goal(TORCH, 1 / 1.05))
     yield Case(f"{len(LORA)} tensors of a LoRA", work(LORA, 8), [ours(LORA), torch_fused(LORA)], Goal(TORCH, 1 / 1.25), calls=20)
     goals = Goal("bitsandbytes", 15), Goal(TORCH, 1 / 2.2)
-    candidates = [ours8(whole), bitsandbytes8(whole), torch_fused(whole)]
+    candidates = [ours8(whole), bitsandbytes("AdamW8bit", whole, 2, **OPTIONS), torch_fused(whole)]
     yield Case(f"{4 * size}x{size}, 8 bits", work(whole, 2), candidates, goals)
 
 
@@ -51,33 +51,46 @@ def parameters(shapes: Shapes) -> list[torch.nn.Parameter]:
     return made
 
 
-def candidate(who: str, kind: Callable[..., torch.optim.Optimizer], shapes: Shapes, state: int, **options: Any) -> Candidate:
-    """An optimizer's step, and what its first one did: from moments of zero it goes lr along the gradient's sign."""
+def first_change(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """What AdamW's first step adds: from moments of zero it goes lr along the gradient's sign."""
+    return -param * OPTIONS["lr"] * OPTIONS["weight_decay"] - OPTIONS["lr"] * grad / (grad.abs() + OPTIONS["eps"])
+
+
+def candidate(
+    who: str,
+    kind: Callable[..., torch.optim.Optimizer],
+    shapes: Shapes,
+    state: int,
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = first_change,
+    **options: Any,
+) -> Candidate:
+    """An optimizer's step; ``change`` is what its first one adds to a parameter, of that and its gradient."""
     params = parameters(shapes)
     before, grad = (t.detach().view(-1)[:SAMPLE].double() for t in (params[0], params[0].grad))
-    decay = OPTIONS["lr"] * OPTIONS["weight_decay"]
-    truth = -before * decay - OPTIONS["lr"] * grad / (grad.abs() + OPTIONS["eps"])
+    truth = change(before, grad)
 
     def error(_: Any) -> float:
         return relative_error(params[0].detach().view(-1)[:SAMPLE].double() - before, truth)
 
-    return Candidate(who, kind(params, **OPTIONS, **options).step, error, work(shapes, state))
+    return Candidate(who, kind(params, **options).step, error, work(shapes, state))
 
 
 def ours(shapes: Shapes) -> Candidate:
-    return candidate("peftk", AdamW, shapes, 8)
+    return candidate("peftk", AdamW, shapes, 8, **OPTIONS)
 
 
 def ours8(shapes: Shapes) -> Candidate:
-    return candidate("peftk", AdamW8bit, shapes, 2)
+    return candidate("peftk", AdamW8bit, shapes, 2, **OPTIONS)
 
 
 def torch_fused(shapes: Shapes) -> Candidate:
-    return candidate(TORCH, torch.optim.AdamW, shapes, 8, fused=True)
+    return candidate(TORCH, torch.optim.AdamW, shapes, 8, fused=True, **OPTIONS)
 
 
-def bitsandbytes8(shapes: Shapes) -> Candidate:
+def bitsandbytes(name: str, shapes: Shapes, state: int, *change: Callable[..., torch.Tensor], **options: Any) -> Candidate:
+    """Its optimizer of that name, where it is installed."""
     there = peers.candidate("bitsandbytes", [peers.BITSANDBYTES], lambda: lambda: None)
     if there.run is None:
         return there
-    return candidate("bitsandbytes", importlib.import_module("bitsandbytes.optim").AdamW8bit, shapes, 2)
+    kind = getattr(importlib.import_module("bitsandbytes.optim"), name)
+    return candidate("bitsandbytes", kind, shapes, state, *change, **options)

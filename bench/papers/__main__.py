@@ -19,7 +19,7 @@ from peftk.cli.errors import UserError
 
 EXPERIMENTS = (
     *("probing", "prompt_encoder", "prefix_variants", "reparametrisation", "prompt_length", "prompt_init", "ensemble"),
-    *("lora_rank", "adalora_budget", "qlora_gap", "seven_methods"),
+    *("lora_rank", "adalora_budget", "qlora_gap", "seven_methods", "merged_latency"),
 )
 
 

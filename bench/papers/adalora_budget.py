@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.papers.candidates import Candidate
+from bench.papers.candidates import HEAD_RATE, Candidate
 from bench.papers.run import Experiment, Line, Row
 from peftk.atomic import write_file
 
 BUDGETS = (2, 4, 8)  # ranks a matrix: LoRA's everywhere, AdaLoRA's on average at the end
-RATES = {"LoRA": 5e-3, "AdaLoRA": 1e-2}
+RATES = {"LoRA": 4e-3, "AdaLoRA": 2e-2}
 STEPS = 100
 
 Table = dict[tuple[int, str], float]  # (layer, kind of matrix) -> rank, mean of the seeds
@@ -81,7 +81,7 @@ EXPERIMENT = Experiment(
     title="AdaLoRA and LoRA at equal budgets",
     source="Zhang et al. 2023, section 4.1 and 4.4, table 1 and figure 3",
     lines=tuple(
-        Line(f"{method}, {r} a matrix", Candidate("glosses", method, rate, STEPS, (("r", r),)), r, method)
+        Line(f"{method}, {r} a matrix", Candidate("glosses", method, rate, STEPS, (("r", r),), head_rate=HEAD_RATE), r, method)
         for method, rate in RATES.items()
         for r in BUDGETS
     ),

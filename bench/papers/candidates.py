@@ -23,6 +23,7 @@ MODULES = {
 }
 POOLER = ["pooler.dense"]
 HEADS = ("lm_head", "classifier")  # of the models here; never quantised
+HEAD_RATE = 5e-2  # of a head that begins at random and has 60 steps; at 5e-3 it decides the score, whatever the method
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Candidate:
     steps: int
     options: tuple[tuple[str, Any], ...] = ()
     batch: int = 16
+    head_rate: float | None = None  # of a fresh head, which starts from nothing; None: ``rate``
 
     def prepare(self, task: Any) -> Prepared:
         """The config, and the task as the method sees it."""
@@ -52,6 +54,17 @@ class OwnParameters:
         """Let them be trained, and no others."""
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(not self.head_only or path.startswith(HEADS))
+
+
+def rates(model: nn.Module, candidate: Candidate) -> list[dict[str, Any]]:
+    """An optimizer's groups: the head's trainable parameters at ``head_rate``, all others at ``rate``."""
+    trained = peftk.trainable_parameters(model)
+    if candidate.head_rate is None:
+        return [{"params": trained, "lr": candidate.rate}]
+    heads = {parameter for path, parameter in model.named_parameters() if path.startswith(HEADS)}
+    split = [[p for p in trained if (p in heads) == is_head] for is_head in (False, True)]
+    groups = zip(split, (candidate.rate, candidate.head_rate), strict=True)
+    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
 
 def in_nf4(task: Any) -> Any:

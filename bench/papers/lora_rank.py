@@ -1,10 +1,10 @@
 """LoRA's rank against the matrices that get an adapter."""
 
-from bench.papers.candidates import MODULES, Candidate
+from bench.papers.candidates import HEAD_RATE, MODULES, Candidate
 from bench.papers.run import Experiment, Line
 
 RANKS = (1, 2, 4, 8, 64)
-COMMON = {"task": "glosses", "method": "LoRA", "rate": 5e-3, "steps": 30}
+COMMON = {"task": "glosses", "method": "LoRA", "rate": 4e-3, "steps": 60, "head_rate": HEAD_RATE}
 
 EXPERIMENT = Experiment(
     name="lora_rank",

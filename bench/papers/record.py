@@ -13,8 +13,9 @@ from peftk.atomic import write_file
 
 WHERE = ("date", "commit", "machine", "threads", "torch", "peftk")
 FIGURES = ("experiment", "task", "line", "x", "seed", "metric", "score", "train_loss", "parameters", "steps", "rate", "seconds")
-FIRST_COLUMNS = (*WHERE, *FIGURES)  # of the files before the others came
-COLUMNS = (*FIRST_COLUMNS, "step_ms")
+FIRST_COLUMNS = (*WHERE, *FIGURES)  # of the files before step_ms came, and head_rate
+SECOND_COLUMNS = (*FIRST_COLUMNS, "step_ms")
+COLUMNS = (*SECOND_COLUMNS, "head_rate")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,12 +50,13 @@ def cells(experiment: Experiment, row: Row) -> dict[str, str]:
         "rate": number(candidate.rate),
         "seconds": f"{row.seconds:.1f}",
         "step_ms": number(row.step_seconds, 1e3),
+        "head_rate": number(candidate.head_rate),
     }
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV. ValueError where its columns are others."""
-    return report.read(path, (COLUMNS, FIRST_COLUMNS))
+    return report.read(path, (COLUMNS, SECOND_COLUMNS, FIRST_COLUMNS))
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -84,7 +86,8 @@ def markdown(experiment: Experiment, rows: Sequence[Row], provenance: Provenance
     for (task, metric, name), group in grouped(rows).items():
         candidate, first = group[0].line.candidate, group[0]
         each = ", ".join(f"{row.score:.3f}" for row in group)
-        trained = (f"{first.parameters:,}", candidate.steps, f"{candidate.rate:g}") if first.loss is not None else (0, 0, "–")
+        rate = f"{candidate.rate:g}" + (f", head {candidate.head_rate:g}" if candidate.head_rate is not None else "")
+        trained = (f"{first.parameters:,}", candidate.steps, rate) if first.loss is not None else (0, 0, "–")
         seconds = statistics.fmean(row.seconds for row in group)
         told = (f"`{task}`, {metric}", name, spread([row.score for row in group]), each, *trained, f"{seconds:.0f}")
         lines.append("| " + " | ".join(map(str, told)) + " |")

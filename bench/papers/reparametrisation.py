@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bench.papers.candidates import Candidate
+from bench.papers.candidates import HEAD_RATE, Candidate
 from bench.papers.prefix_variants import PREFIX, N
 from bench.papers.prompt_length import GLOSSES, NAMES
 from bench.papers.run import Experiment, Line
@@ -11,7 +11,7 @@ DIRECT = replace(PREFIX, rate=1e-1, options=(("n", N),))
 
 
 def _with_mlp(candidate: Candidate) -> Candidate:
-    return replace(candidate, rate=5e-3, options=(*candidate.options, ("mlp", True)))
+    return replace(candidate, rate=1e-3, head_rate=HEAD_RATE, options=(*candidate.options, ("mlp", True)))
 
 
 EXPERIMENT = Experiment(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import peftk
-from bench.papers.candidates import Candidate, OwnParameters
+from bench.papers.candidates import Candidate, OwnParameters, rates
 from bench.papers.tasks import QUICK, TASKS
 from peftk.progress import track
 
@@ -139,7 +139,7 @@ def train(
 ) -> Training:
     """AdamW on what is trainable; the order of the records is the seed's. ``follow`` puts hooks on the optimizer."""
     steps = candidate.steps
-    optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=candidate.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(rates(model, candidate), weight_decay=0.0)
     if follow is not None:
         follow(model, optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

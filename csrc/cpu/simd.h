@@ -4,6 +4,7 @@
 //   load(T*), store(T*, F32)       fp32 | bf16 | fp16 in memory, fp32 in registers; rounding to nearest even, denormals kept
 //   stream(T*, F32)                store past the cache; aligned to the vector's bytes
 //   + - * /, square_root           each rounded on its own
+//   sign                           1 above zero, -1 below; zeros and NaN as they are
 //   multiply_add, reduce_sum       a * b + sum, in one rounding where the tier has FMA; the sum of the lanes
 //   Table16 / lookup               16 fp32 by the low four bits of each lane
 //   rank16                         number of a Thresholds16's 15 ascending thresholds that are strictly below x; 0 for NaN

@@ -44,6 +44,11 @@ inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F32 square_root(F32 x) { return {_mm256_sqrt_ps(x.v)}; }
+inline F32 sign(F32 x) {
+  const __m256 zero = _mm256_setzero_ps(), not_zero = _mm256_cmp_ps(x.v, zero, _CMP_NEQ_OQ);
+  const __m256 one = _mm256_or_ps(_mm256_and_ps(x.v, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+  return {_mm256_blendv_ps(x.v, one, not_zero)};
+}
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return {_mm256_fmadd_ps(a.v, b.v, sum.v)}; }
 inline float reduce_sum(F32 x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));

@@ -44,6 +44,11 @@ inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 square_root(F32 x) { return {_mm512_sqrt_ps(x.v)}; }
+inline F32 sign(F32 x) {
+  const __mmask16 not_zero = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  const __m512 one = _mm512_or_ps(_mm512_and_ps(x.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+  return {_mm512_mask_mov_ps(x.v, not_zero, one)};
+}
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
 inline float reduce_sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 

@@ -92,6 +92,10 @@ inline F32 square_root(F32 x) {
   for (float& lane : x.lane) lane = __builtin_sqrtf(lane);
   return x;
 }
+inline F32 sign(F32 x) {
+  for (float& lane : x.lane) lane = lane > 0.0f ? 1.0f : lane < 0.0f ? -1.0f : lane;
+  return x;
+}
 
 inline F32 multiply_add(F32 a, F32 b, F32 sum) { return a * b + sum; }
 inline float reduce_sum(F32 v) {

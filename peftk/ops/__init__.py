@@ -1,8 +1,10 @@
 """Ops: contract, reference, autograd and kernels of each in its own room, registered as torch.ops.peftk.*"""
 
 from peftk.ops.adamw_step import adamw_step, adamw_step8
+from peftk.ops.ademamix_step import ademamix_step, ademamix_step8
 from peftk.ops.blockwise8_dequantize import blockwise8_dequantize
 from peftk.ops.blockwise8_quantize import blockwise8_quantize
+from peftk.ops.lion_step import lion_step, lion_step8
 from peftk.ops.lora_linear import lora_linear
 from peftk.ops.nf4_dequantize import nf4_dequantize
 from peftk.ops.nf4_linear import nf4_linear
@@ -14,8 +16,12 @@ from peftk.ops.philox_dropout import philox_dropout
 __all__ = [
     "adamw_step",
     "adamw_step8",
+    "ademamix_step",
+    "ademamix_step8",
     "blockwise8_dequantize",
     "blockwise8_quantize",
+    "lion_step",
+    "lion_step8",
     "lora_linear",
     "nf4_dequantize",
     "nf4_linear",

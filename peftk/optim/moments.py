@@ -1,12 +1,14 @@
-"""The state of one parameter: its two moments in fp32 under torch's names, or in 8 bits under bitsandbytes'.
+"""The state of one parameter: its moments in fp32 under names of their own, or in 8 bits under bitsandbytes'.
 
-32 bits: exp_avg, exp_avg_sq, (p.shape) fp32 (fp64 of an fp64 parameter). 8 bits: state1, state2 (p.shape) uint8; absmax1, absmax2
-(ceil(numel / 256),) fp32; qmap1, qmap2 (256,) fp32, the values of the codes, shared by all parameters of a device.
+32 bits: exp_avg, exp_avg_sq, exp_avg_slow, (p.shape) fp32 (fp64 of an fp64 parameter). 8 bits: state1, state2, state3 (p.shape)
+uint8; absmax1 … absmax3 (ceil(numel / 256),) fp32; qmap1, qmap2 (256,) fp32, the values of the signed and of the unsigned codes,
+shared by all parameters of a device. An optimizer has some of these moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,36 +17,71 @@ from peftk.format.dynamic8 import STATE_BLOCK, values8, zero_code8
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize
 
 STEP, BITS = "step", "bits"  # the number of steps done; what ``override`` has asked for, where it has
-NAMES32 = ("exp_avg", "exp_avg_sq")
-NAMES8 = ("state1", "state2", "absmax1", "absmax2")
-QMAPS = ("qmap1", "qmap2")
-PAIRS = (("exp_avg", "state1", "absmax1", "qmap1", True), ("exp_avg_sq", "state2", "absmax2", "qmap2", False))
 
 State = dict[str, Any]
-Empty = Callable[..., torch.Tensor]  # (shape, dtype=, device=) -> tensor
+Full = Callable[..., torch.Tensor]  # (shape, value, dtype=, device=) -> tensor
 
 
-def names(bits: int) -> tuple[str, ...]:
-    """Of the tensors that a step reads and writes."""
-    return NAMES32 if bits == 32 else NAMES8
+@dataclass(frozen=True)
+class Moment:
+    """What it is called in 32 and in 8 bits, and with which code."""
+
+    name: str
+    codes: str
+    absmax: str
+    signed: bool
+
+    @property
+    def qmap(self) -> str:
+        return "qmap1" if self.signed else "qmap2"
+
+
+AVERAGE = Moment("exp_avg", "state1", "absmax1", True)
+SQUARE = Moment("exp_avg_sq", "state2", "absmax2", False)
+SLOW = Moment("exp_avg_slow", "state3", "absmax3", True)
+ALL = (AVERAGE, SQUARE, SLOW)
+
+
+def names(moments: Sequence[Moment], bits: int) -> tuple[str, ...]:
+    """Of the tensors that a step reads and writes, in the order in which ops take them."""
+    if bits == 32:
+        return tuple(m.name for m in moments)
+    return (*(m.codes for m in moments), *(m.absmax for m in moments))
+
+
+def qmaps(moments: Sequence[Moment]) -> dict[str, bool]:
+    """Names of the tables of values that a state in 8 bits has, and whether they are the signed code's."""
+    return {m.qmap: m.signed for m in moments}
 
 
 def bits_of(state: State) -> int:
-    """32 or 8, by what is there; 0 of a state without moments."""
-    return 32 if NAMES32[0] in state else 8 if NAMES8[0] in state else 0
+    """32 or 8, by what is there; 0 of a state without moments. Every optimizer has the average."""
+    return 32 if AVERAGE.name in state else 8 if AVERAGE.codes in state else 0
 
 
-def fresh(param: torch.Tensor, bits: int, empty: Empty) -> State:
+def of(state: State) -> tuple[Moment, ...]:
+    """The moments that are there."""
+    return tuple(m for m in ALL if m.name in state or m.codes in state)
+
+
+def nbytes(count: int, moments: Sequence[Moment], bits: int, dtype: torch.dtype) -> int:
+    """That the moments of a parameter of ``count`` elements of ``dtype`` take."""
+    if bits == 32:
+        return len(moments) * count * torch.promote_types(dtype, torch.float32).itemsize
+    return len(moments) * (count + 4 * -(-count // STATE_BLOCK))
+
+
+def fresh(param: torch.Tensor, moments: Sequence[Moment], bits: int, full: Full) -> State:
     """Moments of zero, step 0."""
     state: State = {STEP: 0}
     if bits == 32:
         wide = torch.promote_types(param.dtype, torch.float32)
-        return state | {name: empty(param.shape, dtype=wide, device=param.device).zero_() for name in NAMES32}
+        return state | {m.name: full(param.shape, 0, dtype=wide, device=param.device) for m in moments}
     blocks = (-(-param.numel() // STATE_BLOCK),)
-    for _, codes, absmax, qmap, signed in PAIRS:
-        state[codes] = empty(param.shape, dtype=torch.uint8, device=param.device).fill_(zero_code8(signed))
-        state[absmax] = empty(blocks, dtype=torch.float32, device=param.device).zero_()
-        state[qmap] = values8(signed, param.device)
+    for m in moments:
+        state[m.codes] = full(param.shape, zero_code8(m.signed), dtype=torch.uint8, device=param.device)
+        state[m.absmax] = full(blocks, 0, dtype=torch.float32, device=param.device)
+        state[m.qmap] = values8(m.signed, param.device)
     return state
 
 
@@ -52,11 +89,13 @@ def converted(state: State, bits: int) -> State:
     """The same moments in 32 or 8 bits; what else is in the state stays. As it is where it has these bits already."""
     if bits_of(state) == bits:
         return state
-    others = {name: value for name, value in state.items() if name not in (*NAMES32, *NAMES8, *QMAPS)}
-    for moment, codes, absmax, qmap, signed in PAIRS:
+    there = of(state)
+    moved = {*names(there, 32), *names(there, 8), *qmaps(there)}
+    others = {name: value for name, value in state.items() if name not in moved}
+    for m in there:
         if bits == 32:
-            others[moment] = blockwise8_dequantize(state[codes], state[absmax], STATE_BLOCK, signed=signed)
+            others[m.name] = blockwise8_dequantize(state[m.codes], state[m.absmax], STATE_BLOCK, signed=m.signed)
         else:
-            others[codes], others[absmax] = blockwise8_quantize(state[moment].float(), STATE_BLOCK, signed)
-            others[qmap] = values8(signed, state[moment].device)
+            others[m.codes], others[m.absmax] = blockwise8_quantize(state[m.name].float(), STATE_BLOCK, m.signed)
+            others[m.qmap] = values8(m.signed, state[m.name].device)
     return others

@@ -1,21 +1,42 @@
-"""A step over a group: its parameters sorted into calls of peftk.ops.adamw_step, and these run."""
+"""A step over a group: its parameters sorted into calls of a formula's ops, and these run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from peftk.ops.adamw_step import unchecked, unchecked8
-from peftk.optim.moments import STEP, State, bits_of, names
+from peftk.ops.step_lists import StepOp
+from peftk.optim.moments import STEP, Moment, State, bits_of, names
+
+LOOKED_AT = 1 << 18  # elements of a gradient at once, in search of one that is not finite
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What an optimizer of the frame is: its moments in the order in which the ops take them, the ops for 32 and 8 bits, and the
+    numbers that these take, of a group's options at a step. ValueError from ``coefficients`` names an option out of its range."""
+
+    moments: tuple[Moment, ...]
+    step32: StepOp
+    step8: StepOp
+    betas: int  # how many a group has
+    coefficients: Callable[[Mapping[str, Any], int], Sequence[float]]
+
+    def names(self, bits: int) -> tuple[str, ...]:
+        return names(self.moments, bits)
+
+    def op(self, bits: int) -> StepOp:
+        return self.step32 if bits == 32 else self.step8
 
 
 @dataclass
 class Call:
     """Parameters that take their step together: of one dtype, device and number of bits, all at the same step."""
 
+    formula: Formula
     bits: int
     step: int  # the number of the step that they are about to take
     params: list[torch.Tensor] = field(default_factory=list)
@@ -24,14 +45,16 @@ class Call:
 
     def moments(self) -> list[list[torch.Tensor]]:
         """Lists in the order in which the op takes them."""
-        return [[state[name] for state in self.states] for name in names(self.bits)]
+        return [[state[name] for state in self.states] for name in self.formula.names(self.bits)]
 
     def count_step(self) -> None:
         for state in self.states:
             state[STEP] = self.step
 
 
-def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Callable[[torch.Tensor], State]) -> Iterable[Call]:
+def calls(
+    formula: Formula, group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Callable[[torch.Tensor], State]
+) -> Iterable[Call]:
     """Those of a group's parameters that have a gradient. ``start`` makes the state of one that has none. TypeError for a
     gradient that is sparse or of another dtype, ValueError where a parameter has changed its size."""
     found: dict[tuple, Call] = {}
@@ -46,15 +69,16 @@ def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Ca
         if STEP not in state:
             state = start(p)
         bits, step, count = bits_of(state), state[STEP] + 1, p.numel()
-        if grad.numel() != count or state[names(bits)[0]].numel() != count:
+        average = state[formula.names(bits)[0]]
+        if grad.numel() != count or average.numel() != count:
             raise ValueError(
                 f"grad: expected a gradient and moments of the parameter's shape {tuple(p.shape)}, got {tuple(grad.shape)} and "
-                f"{tuple(state[names(bits)[0]].shape)}"
+                f"{tuple(average.shape)}"
             )
         key = (dtype, p.device, bits, step)
         call = found.get(key)
         if call is None:
-            call = found[key] = Call(bits, step)
+            call = found[key] = Call(formula, bits, step)
         call.params.append(p)
         call.grads.append(grad)
         call.states.append(state)
@@ -64,19 +88,7 @@ def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Ca
 def run(call: Call, coefficients: Sequence[float]) -> None:
     """One call, at once."""
     with Contiguous(call) as (params, grads):
-        update(call.bits, params, grads, call.moments(), coefficients)
-
-
-def update(
-    bits: int,
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    moments: Sequence[Sequence[torch.Tensor]],
-    coefficients: Sequence[float],
-) -> None:
-    """The op on lists of tensors that fit each other."""
-    step = unchecked if bits == 32 else unchecked8
-    step(params, grads, *moments, coefficients)
+        call.formula.op(call.bits)(params, grads, *call.moments(), coefficients)
 
 
 class Contiguous:
@@ -100,9 +112,21 @@ class Contiguous:
 def first_not_finite(grads: Sequence[torch.Tensor]) -> int | None:
     """Index of the first with NaN or Inf in it; None where all are finite. A sum is finite only if all of it is, and takes less
     than a tenth of the time of looking at each element. One wait a device."""
+    room = torch.empty(LOOKED_AT, dtype=torch.float32, device="cpu")
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for grad in grads:
-        sums.setdefault(grad.device, []).append(grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).float())
+        sums.setdefault(grad.device, []).extend(_sums(grad, room))
     if all(bool(torch.stack(there).isfinite().all()) for there in sums.values()):
         return None
-    return next((i for i, grad in enumerate(grads) if not grad.isfinite().all()), None)
+    parts = (grad.reshape(-1).split(LOOKED_AT) for grad in grads)
+    return next((i for i, those in enumerate(parts) if not all(part.isfinite().all() for part in those)), None)
+
+
+def _sums(grad: torch.Tensor, room: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of a gradient's elements, as a whole or by parts. On a CPU torch widens 16-bit elements before it sums them, twice the
+    gradient's bytes, and parts widened in turn leave holes in the heap (29 MB for 8 M elements): hence ``room`` for all."""
+    if grad.device.type != "cpu" or grad.element_size() > 2 or not grad.is_contiguous():
+        yield grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).float()
+        return
+    for part in grad.view(-1).split(LOOKED_AT):
+        yield room[: part.numel()].copy_(part).sum()

@@ -48,6 +48,12 @@ class ChunkedStore:
         slab.taken = min(slab.taken + -(-nbytes // ALIGNMENT) * ALIGNMENT, slab.nbytes)
         return self.engine.tensor(owner, address, shape, dtype)
 
+    def check_room(self, nbytes: int) -> None:
+        self.engine.check_room(nbytes)
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return self._window.most is None or len(self._chunks_of(tensors, "tensors")) <= self._window.most
+
     def enter(self, tensors: Sequence[torch.Tensor], upcoming: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         self._bury()
         needed, wanted = self._chunks_of(tensors, "tensors"), self._chunks_of(upcoming, "upcoming")

@@ -49,6 +49,9 @@ class Engine(Protocol):
     def allocate(self, nbytes: int) -> Memory:
         """``nbytes``: a multiple of chunk_bytes. Room on the backing store is reserved. OSError or MemoryError."""
 
+    def check_room(self, nbytes: int) -> None:
+        """OSError where the backing store is known to have less room."""
+
     def tensor(self, owner: Any, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor, with a storage of its own, over memory that ``owner`` keeps."""
 
@@ -75,6 +78,10 @@ class Store(Protocol):
         """Make ``tensors`` resident, start to fetch ``upcoming``; a mark for ``leave``, and the tensors to work on."""
 
     def leave(self, mark: Any) -> None: ...
+
+    def check_room(self, nbytes: int) -> None: ...
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool: ...
 
     def holds(self, tensor: torch.Tensor) -> bool: ...
 

@@ -38,6 +38,9 @@ class MappedFile:
     def allocate(self, nbytes: int) -> Memory:
         return self._file.map(nbytes)
 
+    def check_room(self, nbytes: int) -> None:
+        self._file.check_room(nbytes)
+
     def tensor(self, owner: Any, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         offset = address - ctypes.addressof(owner)
         return torch.frombuffer(owner, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)

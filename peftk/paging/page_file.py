@@ -46,8 +46,7 @@ class PageFile:
         """``nbytes``, whole chunks, of new room in the file, mapped. OSError where there is none."""
         place = self._end
         try:
-            if nbytes > self._free():  # asked first: posix_fallocate would fill the disk up before it fails
-                raise OSError(errno.ENOSPC, "")
+            self.check_room(nbytes)  # first: posix_fallocate would fill the disk up before it fails
             os.posix_fallocate(self._fd, place, nbytes)
             address = linux.map_shared(self._fd, place, nbytes, HUGE if self._is_huge else os.sysconf("SC_PAGESIZE"))
         except OSError as error:
@@ -62,6 +61,12 @@ class PageFile:
         owner = (ctypes.c_ubyte * nbytes).from_address(address)
         weakref.finalize(owner, self._unmap, address, os.getpid()).atexit = False
         return Memory(address, place, owner)
+
+    def check_room(self, nbytes: int) -> None:
+        """OSError where the disk has less."""
+        if nbytes > (free := self._free()):
+            why = f"no {nbytes} bytes for paging in folder {self.folder} ({free} free): {os.strerror(errno.ENOSPC)}"
+            raise OSError(errno.ENOSPC, why)
 
     def page_in(self, address: int, nbytes: int) -> None:
         """Read and map the pages, writable, and wait for it."""

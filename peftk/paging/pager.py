@@ -56,6 +56,17 @@ class Pager:
         with self._usable():
             return self._store.empty(shape, dtype) if 0 not in shape else torch.zeros(shape, dtype=dtype, device=self.device)
 
+    def check_room(self, nbytes: int) -> None:
+        """OSError where the disk has no room for tensors of so many bytes in all. Nothing is reserved; where the store is memory,
+        nothing is known before ``empty``."""
+        with self._usable():
+            self._store.check_room(nbytes)
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the budget lets all of them be resident at once, on whole chunks as they lie. ValueError as ``resident``."""
+        with self._usable():
+            return self._store.fits(tensors)
+
     @contextlib.contextmanager
     def resident(self, tensors: Sequence[torch.Tensor], upcoming: Sequence[torch.Tensor] = ()) -> Iterator[list[torch.Tensor]]:
         """Inside the ``with`` these tensors are resident; those ``upcoming`` are fetched while the body runs, in that order, as

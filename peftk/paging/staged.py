@@ -66,6 +66,12 @@ class StagedStore:
         weakref.finalize(block, self._dead.append, address).atexit = False
         return tensor_over(block, address, shape, dtype, self._device)
 
+    def check_room(self, nbytes: int) -> None:
+        """The host's memory tells when it is taken."""
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return self._most is None or _room(self._ranges(tensors, "tensors")) <= self._most
+
     def enter(self, tensors: Sequence[torch.Tensor], upcoming: Sequence[torch.Tensor]) -> tuple[_Buffer, list[torch.Tensor]]:
         self._bury()
         needed, wanted = self._ranges(tensors, "tensors"), self._ranges(upcoming, "upcoming")

@@ -72,6 +72,9 @@ class UnifiedMemory:
             self._driver.call("cuMemsetD8Async", address, 0, nbytes, self._current_stream())
         return Memory(address, 0, owner)
 
+    def check_room(self, nbytes: int) -> None:
+        """The host's memory tells when it is taken."""
+
     def tensor(self, owner: Any, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return tensor_over(owner, address, shape, dtype, self._device)
 

@@ -61,7 +61,7 @@ class Gradient:
     def product(self, dtype: torch.dtype) -> torch.Tensor:
         """In fp64, with the weight as it is; in a 16-bit dtype the plain product, each result rounded."""
         w = self.w4.dequantize(torch.float32 if dtype == torch.float64 else dtype).to(dtype)
-        dx = self.dy.to(dtype) @ w
+        dx = self.dy.to(dtype).contiguous() @ w  # oneDNN on AMX reads what lies between rows, and NaN times a zero is NaN
         if self.r:
             dx = dx + ((self.t.to(dtype) @ self.a.to(dtype)) * self.mask(*dx.shape)).to(dtype)
         return dx

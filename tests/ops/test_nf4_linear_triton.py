@@ -81,13 +81,16 @@ CASES = [
 def test_forward(case: Case):
     x = torch.randn(case.m, case.k + 8).to(case.dtype)[:, : case.k]
     outputs, plain, truth = [], [], []
+    orders = [torch.arange(case.k), torch.arange(case.k).flip(0), torch.randperm(case.k)]
     for weight, w in case.weights():
         s, b = (torch.randn(size, case.rank).to(case.dtype) if case.rank else None for size in (case.m, weight.n))
         bias = torch.randn(weight.n).to(case.dtype) if case.bias else None
         outputs.append(Output(weight, bias, poisoned(case.m, weight.n, dtype=case.dtype), s, b, SCALE, case.split))
         for results, kind in ((plain, case.dtype), (truth, torch.float64)):
-            y = torch.nn.functional.linear(x.to(kind), w.to(kind), None if bias is None else bias.to(kind))
-            results.append(y if s is None else y + SCALE * s.to(kind) @ b.to(kind).T)
+            low = 0 if s is None else SCALE * s.to(kind) @ b.to(kind).T
+            added = None if bias is None else bias.to(kind)
+            ys = [torch.nn.functional.linear(x[:, k].to(kind), w[:, k].to(kind), added) for k in orders]
+            results.append([y + low for y in ys] if kind == case.dtype else ys[0] + low)
     KERNELS.forward(case.regime, case.tokens, x, outputs)
     for output, *expected in zip(outputs, plain, truth, strict=True):
         assert_no_worse_than_twice_plain(output.y, *expected)

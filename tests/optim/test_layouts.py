@@ -10,7 +10,7 @@ from torch import nn
 
 from peftk.format.dynamic8 import values8
 from peftk.optim import AdamW, AdamW8bit, to_bitsandbytes, to_torch
-from peftk.optim.moments import NAMES8, bits_of
+from peftk.optim.moments import AVERAGE, SQUARE, bits_of, names
 
 SHAPES = [(70, 90), (33,)]  # one large enough for 8 bits, one not
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -84,7 +84,7 @@ def test_8_bits_from_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes.optim")
     theirs, ours = handed_over(bnb.AdamW8bit, AdamW8bit)
     p, q = theirs.param_groups[0]["params"][0], ours.param_groups[0]["params"][0]
-    for name in (*NAMES8, "qmap1", "qmap2"):
+    for name in (*names((AVERAGE, SQUARE), 8), "qmap1", "qmap2"):
         assert torch.equal(theirs.state[p][name], ours.state[q][name]), name
     assert bits_of(ours.state[ours.param_groups[0]["params"][1]]) == 32
     # Its CPU quantiser looks codes up by an approximation: after a step the states part by a code here and there.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftk.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
+from peftk.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, PagedAdEMAMix8bit
 from peftk.optim.pages import Pages, _pieces
 from peftk.optim.stepping import Call, Contiguous
 
@@ -101,7 +101,7 @@ def test_pieces_cover_everything_once(bits, limit):
     optimizer = AdamW(parameters(), bits=bits, min_8bit_size=0)
     train(optimizer, 0, 1)
     params = list(optimizer.state)
-    call = Call(bits, 2, params, [p.grad for p in params], [optimizer.state[p] for p in params])
+    call = Call(AdamW.FORMULA, bits, 2, params, [p.grad for p in params], [optimizer.state[p] for p in params])
     with Contiguous(call) as tensors:
         pieces = list(_pieces(call, (), tensors, limit))
     for position, lists in enumerate(zip(*[[p.params, p.grads, *p.moments] for p in pieces], strict=True)):
@@ -112,12 +112,36 @@ def test_pieces_cover_everything_once(bits, limit):
     assert len(pieces) == 1 or limit < 10**9
 
 
-def test_no_folder(tmp_path):
-    optimizer = PagedAdamW([nn.Parameter(torch.ones(5000))], folder=tmp_path / "absent")
-    with pytest.raises(OSError, match="absent"):
+def test_a_budget_for_less_than_a_block(folder):
+    params = [nn.Parameter(torch.ones(5000))]
+    optimizer = PagedAdEMAMix8bit(params, budget=2 * 4096, folder=folder)
+    with pytest.raises(
+        ValueError, match=r"budget: expected room for 256 elements' moments, .* each of 6 tensors, got 8192 bytes"
+    ):
         train(optimizer, 0, 1)
+    assert (params[0] == 1).all()
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        PagedAdamW([nn.Parameter(torch.ones(5000))], folder=tmp_path / "absent")
 
 
 def test_a_pager_a_device():
     pages = Pages(None, None)
-    assert pages.empty((3,), torch.float32, torch.device("cpu")).tolist() == [0, 0, 0] and len(pages._pagers) == 1
+    for value in (0, 127):
+        assert pages.full((3,), value, torch.uint8, torch.device("cpu")).tolist() == [value] * 3
+    assert len(pages._pagers) == 1
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW8bit, PagedAdEMAMix8bit])
+def test_what_takes_its_step_together_may_lie_apart(kind, folder):
+    """Small parameters, in 32 bits, between large ones in 8: their moments lie on more chunks than the budget has."""
+    shapes = [(200, 256), (64,)] * 24
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizer, plain = kind(ours, budget=128 << 10, folder=folder), kind(theirs, paged=False)
+    train(optimizer, 0, 3), train(plain, 0, 3)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+    (pager,) = optimizer._pages._pagers.values()
+    assert pager.stats().resident <= 128 << 10

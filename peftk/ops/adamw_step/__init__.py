@@ -21,17 +21,10 @@ whatever comes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch.autograd.graph import increment_version
-
-from peftk.format.dynamic8 import STATE_BLOCK
-from peftk.ops import dispatch, gpu, library
+from peftk.ops import dispatch, gpu
 from peftk.ops.adamw_step import cpu, cuda, reference
 from peftk.ops.adamw_step.coefficients import coefficients
-
-Tensors = Sequence[torch.Tensor]
+from peftk.ops.step_lists import StepOp, Tensors, check
 
 
 def _against_triton(params: Tensors, *_: object) -> list[str]:
@@ -42,6 +35,8 @@ TRITON = gpu.triton_implementation("adamw_step", _against_triton)
 TRITON8 = gpu.triton_implementation("adamw_step", _against_triton, "run8")
 TABLE = (cpu.IMPLEMENTATION, cuda.IMPLEMENTATION, TRITON, reference.IMPLEMENTATION)
 TABLE8 = (cpu.IMPLEMENTATION8, cuda.IMPLEMENTATION8, TRITON8, reference.IMPLEMENTATION8)
+unchecked = StepOp("adamw_step", ("exp_avg", "exp_avg_sq"), TABLE)
+unchecked8 = StepOp("adamw_step8", ("state1", "state2", "absmax1", "absmax2"), TABLE8)
 
 
 def adamw_step(
@@ -95,76 +90,3 @@ def adamw_step8(
     check(params, grads=grads, state1=state1, state2=state2, absmax1=absmax1, absmax2=absmax2)
     if params:
         unchecked8(params, grads, state1, state2, absmax1, absmax2, c)
-
-
-@torch.no_grad()
-def unchecked(params: Tensors, grads: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, coefficients: Sequence[float]) -> None:
-    """adamw_step on lists that are known to fit and not empty, for an optimizer that made them: its checks of 420 small tensors
-    cost as much as their step."""
-    arguments = (params, grads, exp_avg, exp_avg_sq, coefficients)
-    _run(*arguments) if dispatch.is_straight(exp_avg[0]) else torch.ops.peftk.adamw_step(*arguments)
-
-
-@torch.no_grad()
-def unchecked8(
-    params: Tensors,
-    grads: Tensors,
-    state1: Tensors,
-    state2: Tensors,
-    absmax1: Tensors,
-    absmax2: Tensors,
-    coefficients: Sequence[float],
-) -> None:
-    """adamw_step8, as ``unchecked``."""
-    arguments = (params, grads, state1, state2, absmax1, absmax2, coefficients)
-    _run8(*arguments) if dispatch.is_straight(state1[0]) else torch.ops.peftk.adamw_step8(*arguments)
-
-
-def check(params: Tensors, **lists: Tensors) -> None:
-    """Hold the lists against params, one tensor after the other."""
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name}: expected {len(params)} tensors, one for each of params, got {len(tensors)}")
-    if not params:
-        return
-    dtype, device = params[0].dtype, params[0].device
-    if not dtype.is_floating_point:
-        raise TypeError(f"params[0]: expected a floating-point tensor, got {dtype}")
-    wide = torch.promote_types(dtype, torch.float32)
-    wanted = dict(params=dtype, grads=dtype, exp_avg=wide, exp_avg_sq=wide, state1=torch.uint8, state2=torch.uint8)
-    for name, tensors in (("params", params), *lists.items()):
-        of_blocks = name.startswith("absmax")
-        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            shape = (-(-param.numel() // STATE_BLOCK),) if of_blocks else param.shape
-            if tensor.dtype != wanted.get(name, torch.float32):
-                raise TypeError(f"{name}[{i}]: expected {wanted.get(name, torch.float32)}, got {tensor.dtype}")
-            if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != device:
-                raise ValueError(
-                    f"{name}[{i}]: expected a contiguous tensor of shape {tuple(shape)} on {device}, got {tuple(tensor.shape)} "
-                    f"with strides {tensor.stride()} on {tensor.device}"
-                )
-
-
-def _run(params, grads, exp_avg, exp_avg_sq, coefficients) -> None:
-    arguments = (params, grads, exp_avg, exp_avg_sq, coefficients)
-    dispatch.select("adamw_step", TABLE, *arguments)(*arguments)
-    increment_version([*params, *exp_avg, *exp_avg_sq])
-
-
-def _run8(params, grads, state1, state2, absmax1, absmax2, coefficients) -> None:
-    arguments = (params, grads, state1, state2, absmax1, absmax2, coefficients)
-    dispatch.select("adamw_step8", TABLE8, *arguments)(*arguments)
-    increment_version([*params, *state1, *state2, *absmax1, *absmax2])
-
-
-library.define(
-    "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float[] coefficients) -> ()",
-    _run,
-    lambda *_: None,
-)
-library.define(
-    "adamw_step8(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
-    "Tensor(e!)[] absmax2, float[] coefficients) -> ()",
-    _run8,
-    lambda *_: None,
-)
