@@ -220,5 +220,5 @@ def test_without_the_import_it_fails_aloud(tmp_path: Path):
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'four')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "peftk_nf4" in done.stderr
-    code = f"import peftk.integrations.transformers; {code}; assert 'bitsandbytes' not in __import__('sys').modules"
+    code = f"import peftk.integrations.transformers; {code}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

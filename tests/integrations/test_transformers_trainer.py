@@ -13,7 +13,7 @@ import peftk
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from saved_models import inputs, saved  # noqa: E402
+from saved_models import IS_4, inputs, saved  # noqa: E402
 
 from peftk.integrations.transformers import NF4Config, save_adapters_only  # noqa: E402
 
@@ -73,6 +73,8 @@ def assert_same_training(a: transformers.Trainer, b: transformers.Trainer) -> No
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_resumes_exactly_from_adapters_only(tmp_path: Path, folder: Path, kind: str, caplog: pytest.LogCaptureFixture):
+    if kind == "prefix" and IS_4:
+        pytest.skip("peftk's prefixes don't run on transformers 4.57: its cache wants positions where 5 wants a length")
     whole = trainer(adapted(folder, kind), tmp_path / "whole")
     whole.train()
     checkpoint = tmp_path / "whole" / f"checkpoint-{SAVED}"
