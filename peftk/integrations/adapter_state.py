@@ -1,0 +1,70 @@
+"""What training changes, as one file beside HF peft's: exact where those aren't (several adapters, PiSSA's start, encoders)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import peftk
+from peftk.methods.attach import attached, find_attached, wrappers
+
+logger = logging.getLogger("peftk")
+MARK = "peftk_adapters_only"  # a key that tells such a state_dict from one that lacks the model's other weights by mistake
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of all adapters under their names in the model's state_dict, and the mark. ValueError for sharded ones."""
+    state = attached(model)
+    named = [(wrapper, name) for _, wrapper in wrappers(model) for name in wrapper.adapter_names()]
+    ours = {id(p) for wrapper, name in named for p in wrapper.adapter_parameters(name)}
+    if state.biases is not None:
+        ours |= {id(p) for p in state.biases.parameters(model).values()}
+    found = {name: p.detach() for name, p in model.named_parameters() if id(p) in ours}
+    if sharded := [name for name, p in found.items() if isinstance(p, DTensor)]:
+        raise ValueError(f"model: expected adapters that are whole in each process, got sharded ones, {sharded[0]} for one")
+    return found | {MARK: torch.ones(1, dtype=torch.uint8)}
+
+
+def check_loaded(model: nn.Module, incompatible: Any) -> None:
+    """A hook after load_state_dict: where only adapters were loaded, the other weights aren't missing. ValueError where adapters
+    are missing, or the file has others."""
+    missing, unexpected = incompatible
+    if MARK not in unexpected:
+        return
+    unexpected.remove(MARK)
+    ours = set(adapter_state(model)) if find_attached(model) is not None else set()
+    lacking, others = sorted(ours & set(missing)), sorted(unexpected)
+    if lacking or others:
+        raise ValueError(
+            f"checkpoint: expected the tensors of the model's adapters, got none for {lacking} and others, {others}: attach what "
+            "was attached when it was written"
+        )
+    missing.clear()
+
+
+def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str | None = None) -> None:
+    """HF peft's files of each adapter, ``default`` in the folder itself and others below it, as HF peft has them; with
+    ``state_file``, ``adapter_state`` too. ValueError for an adapter that HF peft's files can't hold (PiSSA on a weight that was
+    quantised after it); with ``state_file``, which can, a warning."""
+    for name in attached(model).configs:
+        try:
+            peftk.save_adapter(model, Path(folder) / ("" if name == "default" else name), name)
+        except ValueError as error:
+            if state_file is None:
+                raise
+            logger.warning("%s has no adapter_model.safetensors, and training goes on: %s", folder, error)
+    if state_file is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(adapter_state(model), Path(folder) / state_file)
+
+
+def read_state(model: nn.Module, path: str | os.PathLike) -> None:
+    """Fill the adapters in place with a ``state_file``. ValueError where it doesn't fit."""
+    incompatible = model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=False)
+    check_loaded(model, incompatible)
