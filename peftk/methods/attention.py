@@ -7,6 +7,7 @@ a cache of our own puts a prefix in front, with or without a real one behind it,
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +131,8 @@ class PrefixCache:
     """Stands for a layer's cache: ``update`` puts keys and values, (1 or batch, heads, n, head_dim), in front of those that the
     real cache, or none, gives. To the module it is of the real cache's class, which decides where encoders are attended to."""
 
+    shifted = 0  # by how much the module's cache_position is further on than the real cache's
+
     def __init__(self, real: Any, keys: torch.Tensor, values: torch.Tensor):
         self._real, self._keys, self._values = real, keys, values
 
@@ -140,6 +143,9 @@ class PrefixCache:
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values so far, the prefix first."""
         if self._real is not None:
+            facts = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, dict)), {})
+            if self.shifted and facts.get("cache_position") is not None:
+                facts["cache_position"] = facts["cache_position"] - self.shifted
             keys, values = self._real.update(keys, values, *args, **kwargs)
         return _in_front(self._keys, keys), _in_front(self._values, values)
 
@@ -168,7 +174,11 @@ class PrefixCache:
         return self._part("cross_attention_cache")
 
     def _part(self, name: str) -> PrefixCache:
-        return self if self._real is None else PrefixCache(getattr(self._real, name), self._keys, self._values)
+        if self._real is None:
+            return self
+        part = PrefixCache(getattr(self._real, name), self._keys, self._values)
+        part.shifted = self.shifted
+        return part
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -237,7 +247,15 @@ def _keys_of_call(attention: Attention, kwargs: dict[str, Any], cache: Any, quer
     if attention.kind == CROSS and other is not None:
         return other.shape[1]
     cache = getattr(cache, "self_attention_cache", cache)
-    return queries if cache is None else cache.get_mask_sizes(queries, attention.module.layer_idx)[0]
+    if cache is None:
+        return queries
+    asked, layer = queries, attention.module.layer_idx
+    if (
+        "cache_position" in inspect.signature(cache.get_mask_sizes).parameters
+    ):  # transformers 4: where the queries stand, not how many
+        asked = kwargs.get("cache_position")
+        asked = torch.arange(queries) + cache.get_seq_length(layer) if asked is None else asked
+    return cache.get_mask_sizes(asked, layer)[0]
 
 
 class _Recorder(PrefixCache):

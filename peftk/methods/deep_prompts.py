@@ -104,6 +104,9 @@ class DeepPrompts(Beside):
         real = cache_of(kwargs)
         kwargs[attention.mask] = widened_mask(attention, kwargs, keys.shape[2], seen, real)
         kwargs[attention.cache] = PrefixCache(real, keys, values)
+        if "position_bias" in kwargs and kwargs.get("cache_position") is not None:  # T5 of transformers 4 counts the keys by it
+            kwargs["cache_position"] = kwargs["cache_position"] + keys.shape[2]
+            kwargs[attention.cache].shifted = keys.shape[2]
         return (), kwargs
 
     def _pairs(self, at: int, by_row: list[tuple[str, ...]], batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
