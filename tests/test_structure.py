@@ -15,21 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftk"
 TEXT = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
-# What a room may import beside itself; `native`, `progress`, `atomic` are tools that import no room.
+# What a room may import beside itself; `native`, `progress`, `atomic`, `shards` are tools that import no room.
 ALLOWED = {
     "format": set(),
     "native": set(),
     "progress": set(),
     "atomic": set(),
+    "shards": set(),
     "ops": {"format", "native"},
     "paging": {"format", "native"},
-    "optim": {"ops", "paging", "format", "native"},
+    "optim": {"ops", "paging", "format", "native", "shards"},
     "info": {"ops", "native"},
-    "nn": {"ops", "format", "progress"},
-    "methods": {"nn", "ops", "format", "progress"},
-    "checkpoint": {"methods", "nn", "format", "atomic"},
-    "integrations": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress", "info"},
-    "cli": {"methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress", "info"},
+    "nn": {"ops", "format", "progress", "shards"},
+    "methods": {"nn", "ops", "format", "progress", "shards"},
+    "checkpoint": {"methods", "nn", "format", "atomic", "shards"},
+    "integrations": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress", "info", "shards"},
+    "cli": {"methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress", "info", "shards"},
 }
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").exists())
 
