@@ -26,8 +26,8 @@ def part(tensor: torch.Tensor) -> torch.Tensor:
 def factor(tensor: torch.Tensor) -> torch.Tensor:
     """What this process multiplies with where each one computes a part of the product. The gradient of a replicated factor is
     then a sum over the processes."""
-    if not is_shard(tensor):
-        return tensor
+    if not is_shard(tensor) or not (tensor.requires_grad and torch.is_grad_enabled()):
+        return part(tensor)
     from torch.distributed.tensor import Partial
 
     gradients = [Partial() if place.is_replicate() else place for place in tensor.placements]
@@ -39,6 +39,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
+def as_split(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A split tensor in another one's split, what is sent included."""
+    return tensor.redistribute(placements=other.placements) if is_shard(other) else tensor
+
+
 def placed_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """A whole tensor, the same in every process, split as ``other`` is: nothing is sent."""
     if not is_shard(other) or is_shard(tensor):
@@ -46,3 +51,20 @@ def placed_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def shard_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that is split as ``other`` is, as that tensor; ``part`` itself where other is plain."""
+    if not is_shard(other):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    facts = {"shape": other.shape, "stride": other.stride()}
+    return DTensor.from_local(part, other.device_mesh, other.placements, run_check=False, **facts)
+
+
+def smallest(number: int, device: torch.device) -> int:
+    """The smallest of what the processes say: every one must call this."""
+    said = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN)
+    return int(said)

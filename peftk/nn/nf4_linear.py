@@ -13,7 +13,7 @@ from peftk.nn import sharded_state
 from peftk.nn.dense_linear import add_low_rank, is_conv1d
 from peftk.nn.int8_activations import wants_int8
 from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, quantize_nf4
-from peftk.shards import is_shard, part, whole
+from peftk.shards import factor, is_shard, part, whole
 
 _CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 
@@ -168,7 +168,7 @@ class NF4Linear(nn.Linear):
         return kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
+        bias = self._own_bias()
         product = nf4_linear if self.training or not wants_int8(self, x, bias) else nf4_linear_int8
         if self.compute_dtype is None:
             return product(x, self._own_w4(), bias)
@@ -188,7 +188,7 @@ class NF4Linear(nn.Linear):
         """forward(x) + scale * D(x if z is None else z) A^T B^T in one op: ``peftk.ops.nf4_lora_linear``. With 8-bit
         activations the low-rank branch is computed apart, from x as it is."""
         h, z = self._in_compute_dtype(x), z if z is None else self._in_compute_dtype(z)
-        bias = self.bias if with_bias else None
+        bias = self._own_bias() if with_bias else None
         if wants_int8(self, x, A, B, z, bias):
             y = add_low_rank(nf4_linear_int8(h, self._own_w4(), bias), h, A, B, scale, z, dropout, seed)
         else:
@@ -198,6 +198,9 @@ class NF4Linear(nn.Linear):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, (..., k) -> (..., n), without the bias and never with 8-bit activations."""
         return nf4_linear(self._in_compute_dtype(x), self._own_w4()).to(x.dtype)
+
+    def _own_bias(self) -> torch.Tensor | None:
+        return factor(self.bias) if self.is_tensor_parallel and self.bias is not None else self.bias
 
     def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.compute_dtype is None else x.to(self.compute_dtype)

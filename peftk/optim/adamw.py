@@ -15,6 +15,7 @@ from peftk.ops.adamw_step.coefficients import coefficients
 from peftk.optim import layouts, moments, stepping
 from peftk.optim.moments import BITS, STEP
 from peftk.optim.pages import Pages
+from peftk.shards import part, shard_like
 
 NONFINITE = ("keep", "skip", "raise")
 logger = logging.getLogger("peftk")
@@ -145,6 +146,11 @@ class AdamW(torch.optim.Optimizer):
             call.count_step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. 8-bit moments of parameters that are split among processes come in 32 bits, which any split can load."""
+        found = super().state_dict()
+        return found | {"state": {key: moments.can_be_moved(state) for key, state in found["state"].items()}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; also of torch's and bitsandbytes' AdamW. Moments come to the bits of this optimizer and to the parameter's
         device, and are paged where this is paged; byte for byte where they have these bits. ValueError names what doesn't fit."""
@@ -189,11 +195,13 @@ class AdamW(torch.optim.Optimizer):
             if state[key].numel() != param.numel():
                 raise ValueError(f"{name}.{key}: expected shape {tuple(param.shape)}, got {tuple(state[key].shape)}")
         there = {key: value.to(param.device) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-        placed = moments.converted(there, bits)
+        placed, own = moments.converted(moments.split_like(there, param), bits), part(param)
         for key in moments.names(bits):
-            shape = param.shape if placed[key].numel() == param.numel() else placed[key].shape
-            dtype = torch.promote_types(param.dtype, torch.float32) if bits == 32 else placed[key].dtype
-            placed[key] = self._empty(shape, dtype, param.device).copy_(placed[key].view(shape))
+            value = part(placed[key])
+            shape = own.shape if value.numel() == own.numel() else value.shape
+            dtype = torch.promote_types(param.dtype, torch.float32) if bits == 32 else value.dtype
+            made = self._empty(shape, dtype, param.device).copy_(value.view(shape))
+            placed[key] = shard_like(made, placed[key])
         return placed
 
     def _bits(self, param: torch.Tensor, group: dict[str, Any], state: moments.State) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from peftk.ops.adamw_step import unchecked, unchecked8
 from peftk.optim.moments import STEP, State, bits_of, names
+from peftk.shards import as_split, is_shard, part, smallest
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Call:
 
     def moments(self) -> list[list[torch.Tensor]]:
         """Lists in the order in which the op takes them."""
-        return [[state[name] for state in self.states] for name in names(self.bits)]
+        return [[part(state[name]) for state in self.states] for name in names(self.bits)]
 
     def count_step(self) -> None:
         for state in self.states:
@@ -55,8 +56,8 @@ def calls(group: dict[str, Any], states: Mapping[torch.Tensor, State], start: Ca
         call = found.get(key)
         if call is None:
             call = found[key] = Call(bits, step)
-        call.params.append(p)
-        call.grads.append(grad)
+        call.params.append(part(p))
+        call.grads.append(part(as_split(grad, p)))
         call.states.append(state)
     return found.values()
 
@@ -98,8 +99,16 @@ class Contiguous:
 
 
 def first_not_finite(grads: Sequence[torch.Tensor]) -> int | None:
-    """Index of the first with NaN or Inf in it; None where all are finite. A sum is finite only if all of it is, and takes less
-    than a tenth of the time of looking at each element. One wait a device."""
+    """Index of the first with NaN or Inf in it, in whatever process; None where all are finite. A sum is finite only if all of it
+    is, and takes less than a tenth of the time of looking at each element. One wait a device."""
+    index = _first_not_finite([part(grad) for grad in grads])
+    if not any(map(is_shard, grads)):
+        return index
+    found = smallest(len(grads) if index is None else index, grads[0].device)
+    return None if found == len(grads) else found
+
+
+def _first_not_finite(grads: Sequence[torch.Tensor]) -> int | None:
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for grad in grads:
         sums.setdefault(grad.device, []).append(grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).float())
