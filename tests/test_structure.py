@@ -30,20 +30,7 @@ ALLOWED = {
     "methods": {"nn", "ops", "format", "progress", "shards"},
     "checkpoint": {"methods", "nn", "format", "atomic", "shards"},
     "integrations": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress", "info", "shards"},
-    "cli": {
-        "methods",
-        "nn",
-        "ops",
-        "format",
-        "checkpoint",
-        "integrations",
-        "optim",
-        "paging",
-        "atomic",
-        "progress",
-        "info",
-        "shards",
-    },
+    "cli": {"methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress", "info"},
 }
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").exists())
 

@@ -1,9 +1,10 @@
 """torch's tensor parallelism for layers of peftk, plain or with LoRA or AdaLoRA: styles for its ``parallelize_module``.
 
-    parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()})
+    plan = {"model.layers.*.mlp.up_proj": ColwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
 
-Attach adapters and load weights before, make the optimizer after. Other modules go to torch's own styles. Of an adapter's A (r, k)
-and B (n, r), one is split with W and the other is whole in every process, the first process's; its gradient is summed.
+Attach adapters and load weights before, make the optimizer after. Other modules go to torch's own styles. Of an adapter's A
+(r, k) and B (n, r), one is split with W and the other is whole in every process, the first one's; its gradient is summed.
 Dropout's mask is the same in every process only where their generators are; else each draws its own, which is still dropout.
 """
 

@@ -37,8 +37,8 @@ def add_low_rank(
 
 
 class Dense:
-    """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k), of a layer that is split
-    among processes (nn/tensor_parallel.py) this one's part."""
+    """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k); of a layer that
+    is split among processes (nn/tensor_parallel.py) this one's part."""
 
     is_tensor_parallel: bool = False
 

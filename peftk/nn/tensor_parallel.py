@@ -31,9 +31,8 @@ def check_split(layer: nn.Module, ranks: int, dim: int) -> None:
     if any(is_shard(p) for p in layer.parameters()):
         raise ValueError("module: expected a whole layer, got one that is split already")
     if (n, k)[dim] % ranks:
-        raise ValueError(
-            f"module: expected {('rows', 'columns')[dim]} in multiples of {ranks} processes, got a weight ({n}, {k})"
-        )
+        what = ("rows", "columns")[dim]
+        raise ValueError(f"module: expected {what} in multiples of {ranks} processes, got a weight of shape ({n}, {k})")
     if isinstance(layer, NF4Linear) and (k // ranks if dim == COLUMNS else k) % layer.block_size:
         where = f"{k} / {ranks} columns of a part" if dim == COLUMNS else f"{k} columns"
         raise ValueError(
