@@ -36,11 +36,14 @@ class Decoder(nn.Module):
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, TOKENS, bias=False)
         self.checkpointing = False
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-        return functional.cross_entropy(self.head(self.norm(x))[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return self.head(self.norm(x))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.logits(ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def decoder(

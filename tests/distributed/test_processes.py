@@ -142,3 +142,41 @@ def assert_tensor_parallel(results: list[dict], **facts) -> None:
 def test_tensor_parallel(two):
     """Blocks of 32 elements, so that half of 64 columns is whole blocks."""
     assert_tensor_parallel(two["tensor_parallel"], block_size=32)
+
+
+@pytest.mark.full
+def test_tensor_parallel_on_dense_weights_in_four_processes():
+    results = run(4, ("tensor_parallel", {"base": "dense"}))["tensor_parallel"]
+    assert_tensor_parallel(results, base="dense")
+    for result in results:  # biases of o and down, norms and the factors that stay whole aside
+        assert sum(result["own"].values()) < 0.33 * sum(result["whole"].values())
+
+
+@pytest.mark.full
+def test_tensor_parallel_adalora():
+    model = decoder(adalora(), bias=True, block_size=32)
+    optimizer = adamw(model)
+    schedule = peftk.adalora_schedule(model, optimizer, compact=False)
+    expected = train(model, batch(), optimizer, 4).tolist()
+    for result in run(2, ("tensor_parallel", {"config": "adalora", "block_size": 32}))["tensor_parallel"]:
+        assert_close(result["losses"], expected)
+        assert result["history"] == schedule.history
+
+
+@pytest.mark.full
+def test_more_of_the_same(tmp_path):
+    """Constants in fp32, DDP with AdaLoRA, and 8-bit moments through a checkpoint."""
+    folder = str(tmp_path / "checkpoint")
+    four = run(
+        4,
+        ("sharded", {"double_quant": False}),
+        ("allocated", {"kind": "replicated"}),
+        ("saved", {"folder": folder, "kind": "AdamW8bit"}),
+    )
+    for result in four["sharded"]:
+        assert result["gathered"] and result["copied"]
+        assert_close(result["losses"], alone(double_quant=False))
+        assert result["own"] == {"parameters": sum(result["whole"].values()) / 4, "buffers": 0}
+    assert_allocated(four["allocated"], alone(adalora(), steps=4), history_alone())
+    for losses in run(2, ("loaded", {"folder": folder, "kind": "AdamW8bit"}))["loaded"]:
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(four["saved"][0]), rtol=1e-3, atol=0)
