@@ -27,7 +27,7 @@ def ids(rows: int, columns: int = 9) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("base", ["nf4", "dense"])
+@pytest.mark.parametrize("base", ["nf4", pytest.param("dense", marks=pytest.mark.full)])
 def test_training_step_is_one_graph(backend, base):
     """QLoRA with dropout, whose seed is drawn inside the graph, and gradient checkpointing."""
     config = peftk.LoraConfig(r=8, target_modules="all-linear", exclude_modules="head", lora_dropout=0.2)

@@ -32,5 +32,6 @@ for step, batch in zip(range(int(steps[0]) if steps else len(rows)), rows, stric
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(f"step {step}: loss {loss.item():.4f}", flush=True)
-peftk.save_adapter(model, out)  # gathered by all, written by the first
+if accelerator.is_fsdp2 or accelerator.is_main_process:
+    peftk.save_adapter(accelerator.unwrap_model(model), out)  # where it is sharded, gathered by all and written by the first
 accelerator.end_training()
