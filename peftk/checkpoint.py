@@ -28,6 +28,7 @@ from peftk.methods.lora_rules import check_file
 from peftk.methods.p_tuning import PTuningConfig
 from peftk.methods.prefix_tuning import PrefixTuningConfig
 from peftk.methods.prompt_tuning import PromptTuningConfig
+from peftk.shards import is_shard, whole
 
 logger = logging.getLogger("peftk")
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -44,6 +45,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     """Write one adapter to ``folder``, which appears whole: an adapter that it holds is replaced at once, config and tensors
     together, and other files stay. Returns the folder. ValueError for an unknown adapter.
 
+    Where tensors are split among processes, every process must call this; they are gathered, and the first process writes.
+
     The tensors belong on the original weights: an adapter that started in them (PiSSA, OLoRA), which changed them, is saved as
     its difference from the start, a LoRA of twice the rank. ValueError where the weights were quantised after that.
     """
@@ -53,16 +56,26 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     tensors = adapter_tensors(model, adapter_name, for_file=True) | _vocabulary_tensors(model, adapter_name)
     config = state.configs[adapter_name]
     config = config.for_file() if isinstance(config, LoraConfig) else config
-    encoder = _encoder_tensors(model, adapter_name)
+    contents = {TENSORS: tensors, ENCODER: _encoder_tensors(model, adapter_name)}
+    if not any(is_shard(value) for content in contents.values() for value in content.values()):
+        _write(Path(folder), contents, config)
+        return Path(folder)
+    contents = {name: {key: whole(value.detach()) for key, value in content.items()} for name, content in contents.items()}
+    if torch.distributed.get_rank() == 0:
+        _write(Path(folder), contents, config)
+    torch.distributed.barrier()
+    return Path(folder)
+
+
+def _write(folder: Path, contents: dict[str, dict[str, torch.Tensor]], config: Any) -> None:
     with write_folder(folder) as new:
         carry_over(folder, new, without=(CONFIG, TENSORS, OLD_TENSORS, ENCODER))
-        for name, content in ((TENSORS, tensors), (ENCODER, encoder)):
+        for name, content in contents.items():
             if content or name == TENSORS:
                 content = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in content.items()}
                 save_file(content, new / name, metadata={"format": "pt"})
                 (new / name).chmod(new.stat().st_mode & 0o666)
         (new / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-    return Path(folder)
 
 
 def load_adapter(

@@ -15,21 +15,34 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftk"
 TEXT = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
-# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced` are tools that import no room.
+# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced`, `shards` are tools that import no room.
 ALLOWED = {
     "format": set(),
     "native": set(),
     "progress": set(),
     "atomic": set(),
     "replaced": set(),
+    "shards": set(),
     "ops": {"format", "native"},
     "paging": {"format", "native"},
-    "optim": {"ops", "paging", "format", "native"},
+    "optim": {"ops", "paging", "format", "native", "shards"},
     "info": {"ops", "native", "replaced"},
-    "nn": {"ops", "format", "progress"},
-    "methods": {"nn", "ops", "format", "progress"},
-    "checkpoint": {"methods", "nn", "format", "atomic"},
-    "integrations": {"methods", "nn", "ops", "format", "native", "checkpoint", "atomic", "progress", "info", "replaced"},
+    "nn": {"ops", "format", "progress", "shards"},
+    "methods": {"nn", "ops", "format", "progress", "shards"},
+    "checkpoint": {"methods", "nn", "format", "atomic", "shards"},
+    "integrations": {
+        "methods",
+        "nn",
+        "ops",
+        "format",
+        "native",
+        "checkpoint",
+        "atomic",
+        "progress",
+        "info",
+        "replaced",
+        "shards",
+    },
     "planner": {"methods", "nn", "ops", "optim", "atomic"},
     "cli": {"planner", "methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress"}
     | {"info"},

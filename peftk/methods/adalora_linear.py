@@ -42,9 +42,10 @@ class AdaLoraLinear(AdaLoraLayer):
     def _branches(self, names: Iterable[str]) -> list[tuple[torch.Tensor, torch.Tensor, float, float]]:
         """(Lambda Q, P, scale, dropout) of each adapter that has triplets left: a LoRA's A and B."""
         return [
-            (self.lora_A[n] * self.lora_E[n], self.lora_B[n], self.scaling[n], self.dropout[n] if self.training else 0.0)
+            (A * E, B, self.scaling[n], self.dropout[n] if self.training else 0.0)
             for n in names
             if self.rank(n)
+            for A, E, B in [self.own(*self.triplets(n))]
         ]
 
     @staticmethod

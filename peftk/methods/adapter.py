@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftk.shards import factor
+
 BASE = "__base__"  # instead of a name: no adapter
 
 # nn.Module's tables of forward and backward hooks.
@@ -141,6 +143,10 @@ class AdapterLayer(Wrapper):
     def running(self) -> list[str]:
         """The adapters that a forward pass adds now: active, not disabled, not merged."""
         return [] if self.disabled else [name for name in self.active if name not in self.merged]
+
+    def own(self, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What this process computes with where the base layer is split among processes; else the factors themselves."""
+        return tuple(map(factor, factors)) if getattr(self.base_layer, "is_tensor_parallel", False) else factors
 
     def factor_dtype(self) -> torch.dtype:
         """Adapters are fp32 also beside 4-bit and 16-bit weights, since small steps vanish in 16 bits; fp64 stays fp64."""

@@ -10,6 +10,7 @@ from torch import nn
 from peftk.methods.adalora import config_of, names_in
 from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.attach import attached, wrappers
+from peftk.shards import is_shard
 
 _ROWS_OF = (0, 0, 1)  # the dimension of A, E and B that counts triplets
 
@@ -31,6 +32,8 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ad
         config_of(model, name)
     work = {name: _kept(model, name) for name in names}
     cuts = [cut for name, kept in work.items() for cut in _cuts(model, name, kept)]
+    if split := [path for path, parameter, *_ in cuts if is_shard(parameter)]:
+        raise ValueError(f"model: expected whole parameters, got one whose {split[0]} is split among processes")
     state_of = {} if optimizer is None else optimizer.state
     by_itself = getattr(optimizer, "cut_state", None)
     for path, parameter, _, _ in cuts if by_itself is None else ():

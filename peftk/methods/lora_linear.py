@@ -173,7 +173,7 @@ class LoraLinear(Decomposed, AdapterLayer):
 
     def _branches(self, names: Any) -> list[tuple[torch.Tensor, torch.Tensor, float, float]]:
         """(A, B, scale, dropout) of what is added to the base layer's output where ``names`` run."""
-        found = [(*self.factors(name), self.scaling[name], self._dropout(name)) for name in names]
+        found = [(*self.own(*self.factors(name)), self.scaling[name], self._dropout(name)) for name in names]
         if self._holds_rest() and self.taken.owner not in names:
             found.append((self.taken_A, self.taken_B, self.taken.scaling, 0.0))
         return found

@@ -11,6 +11,7 @@ from torch import nn
 from peftk.methods.adalora import config_of, names_in
 from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.attach import attached, wrappers
+from peftk.shards import placed_like, whole
 
 
 def orthogonality_loss(model: nn.Module, adapter_name: str | None = None) -> torch.Tensor:
@@ -42,17 +43,19 @@ def _distance(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_mean(factors: list[tuple[torch.Tensor, bool]], weight: float) -> torch.Tensor:
-    norms = [_distance(factor.T if is_columns else factor).norm() for factor, is_columns in factors]
+    wholes = [(whole(factor), is_columns) for factor, is_columns in factors]
+    norms = [_distance(factor.T if is_columns else factor).norm() for factor, is_columns in wholes]
     return weight * sum(norm.to(norms[0].device) for norm in norms) / len(norms) if norms else torch.zeros(())
 
 
 @torch.no_grad()
 def add_gradient(factors: list[tuple[torch.Tensor, bool]], weight: float | torch.Tensor) -> None:
     """Add the gradient of weight * mean || V V^T - I ||_F, which is weight * 2 D V / || D ||_F / count with D = V V^T - I; 0
-    where D is."""
+    where D is. A factor that is split among processes is gathered for it."""
     for factor, is_columns in factors:
-        vectors = factor.T if is_columns else factor
+        gathered = whole(factor)
+        vectors = gathered.T if is_columns else gathered
         distance = _distance(vectors)
         gradient = (distance @ vectors) * (2 * weight / len(factors) / distance.norm().clamp(min=torch.finfo(factor.dtype).tiny))
-        gradient = gradient.T if is_columns else gradient
+        gradient = placed_like(gradient.T if is_columns else gradient, factor)
         factor.grad = gradient.contiguous() if factor.grad is None else factor.grad.add_(gradient)

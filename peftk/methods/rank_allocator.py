@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftk.methods.adalora_layer import Triplets
+from peftk.shards import is_shard, placed_like, whole
 
 if TYPE_CHECKING:
     from peftk.methods.adalora import AdaLoraConfig
@@ -108,7 +109,7 @@ class RankAllocator:
         products = torch._foreach_mul(self._sensitivity, self._uncertainty)
         scores = {}
         for path, A, E, B in zip(self.kept, products[::3], products[1::3], products[2::3], strict=True):
-            scores[path] = (E[:, 0] + A.mean(1) + B.mean(0)).cpu()
+            scores[path] = (whole(E)[:, 0] + _mean(A, 1) + _mean(B, 0)).cpu()
         if bad := [path for path, score in scores.items() if not torch.isfinite(score).all()]:
             raise ValueError(f"{bad[0]}: expected finite gradients, got NaN or Inf in the importances of its triplets")
         return scores
@@ -129,7 +130,8 @@ class RankAllocator:
     def _mask(self, matrices: dict[str, Triplets]) -> None:
         for path, rows in self.kept.items():
             if not rows.all():
-                matrices[path].E.masked_fill_(~rows[:, None].to(matrices[path].E.device), 0.0)
+                E = matrices[path].E
+                E.masked_fill_(placed_like(~rows[:, None].to(E.device), E), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the adapter and the optimizer; torch.save's, also with weights_only=True."""
@@ -149,3 +151,8 @@ class RankAllocator:
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         self._sensitivity = [t.clone() for t in state["sensitivity"]]
         self._uncertainty = [t.clone() for t in state["uncertainty"]]
+
+
+def _mean(matrix: torch.Tensor, dim: int) -> torch.Tensor:
+    """matrix.mean(dim); of one that is split among processes the same in each, summed first: parts may differ in size."""
+    return whole(matrix.sum(dim)) / matrix.shape[dim] if is_shard(matrix) else matrix.mean(dim)

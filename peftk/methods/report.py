@@ -79,8 +79,9 @@ def report(model: nn.Module) -> Report:
             size = Size(1, parameter.numel(), parameter.numel() * parameter.element_size())
             if parameter.requires_grad:
                 parts["trainable"] += size
-            elif isinstance(module, NF4Linear) and name == "weight":
-                parts["quantized"] += Size(1, module.w4.shape.numel(), module.w4.nbytes)
+            elif isinstance(module, NF4Linear) and name in ("weight", "absmax"):
+                if name == "weight":
+                    parts["quantized"] += Size(1, module.in_features * module.out_features, module.stored_bytes)
             elif id(parameter) in of_adapters:
                 parts["adapters"] += size
             else:

@@ -14,6 +14,7 @@ from peftk.nn.experts import Experts, is_experts
 from peftk.nn.int8_activations import use_int8_activations
 from peftk.nn.nf4_linear import NF4Linear
 from peftk.nn.quantize_model import quantizable, quantize_model
+from peftk.nn.sharding import constants_as_parameters
 
 __all__ = [
     "DenseConv1D",
@@ -21,6 +22,7 @@ __all__ = [
     "Experts",
     "NF4Linear",
     "base_layer",
+    "constants_as_parameters",
     "is_adaptable",
     "is_experts",
     "quantizable",

@@ -9,6 +9,7 @@ from torch.nn import functional
 from peftk.ops.lora_linear import has_kernel, lora_linear
 from peftk.ops.nf4_lora_linear import check_low_rank
 from peftk.ops.philox_dropout import draw_seed, philox_dropout
+from peftk.shards import factor
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -36,7 +37,17 @@ def add_low_rank(
 
 
 class Dense:
-    """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k)."""
+    """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k); of a layer that
+    is split among processes (nn/tensor_parallel.py) this one's part."""
+
+    is_tensor_parallel: bool = False
+
+    def _own(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
+        return factor(parameter) if self.is_tensor_parallel and parameter is not None else parameter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., k) -> (..., n)."""
+        return functional.linear(x, self._rows(), self._own(self.bias))
 
     def forward_low_rank(
         self,
@@ -50,8 +61,8 @@ class Dense:
         with_bias: bool = True,
     ) -> torch.Tensor:
         """forward(x) + scale * D(x if z is None else z) A^T B^T, shapes as in ``peftk.ops.lora_linear``."""
-        if has_kernel(x, self.weight):
-            return lora_linear(x, self._rows(), A, B, scale, self.bias if with_bias else None, z, dropout, seed)
+        if has_kernel(x, self._own(self.weight)):
+            return lora_linear(x, self._rows(), A, B, scale, self._own(self.bias) if with_bias else None, z, dropout, seed)
         return add_low_rank(self.forward(x) if with_bias else self.product(x), x, A, B, scale, z, dropout, seed)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +94,7 @@ class DenseLinear(Dense, nn.Linear):
         return layer.train(linear.training)
 
     def _rows(self) -> torch.Tensor:
-        return self.weight
+        return self._own(self.weight)
 
     def dense_weight(self) -> torch.Tensor:
         """W (n, k) in its own dtype; not a copy."""
@@ -111,11 +122,8 @@ class DenseConv1D(Dense, nn.Module):
         """Shares the layer's parameters: nothing is copied."""
         return cls(conv1d.weight, conv1d.bias).train(conv1d.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight.T, self.bias)
-
     def _rows(self) -> torch.Tensor:
-        return self.weight.T
+        return self._own(self.weight).T
 
     def dense_weight(self) -> torch.Tensor:
         """W (n, k) in its own dtype; a view."""

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from peftk.format.nf4 import NF4Weight
+from peftk.nn import sharded_state
 from peftk.nn.dense_linear import add_low_rank, is_conv1d
 from peftk.nn.int8_activations import wants_int8
 from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, quantize_nf4
+from peftk.shards import factor, is_shard, part, whole
 
 _CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 
@@ -29,6 +31,7 @@ class NF4Linear(nn.Linear):
     """
 
     int8_activations: bool = False
+    is_tensor_parallel: bool = False  # each process computes with its own rows or columns (nn/tensor_parallel.py)
 
     def __init__(
         self,
@@ -89,6 +92,9 @@ class NF4Linear(nn.Linear):
     def _store(self, w4: NF4Weight, in_place: bool = False) -> None:
         """Take over a quantised weight; ``in_place`` keeps the Parameter object and writes the bytes into it."""
         n, k = self.out_features, self.in_features
+        if is_shard(self._parameters.get("weight")):
+            raise RuntimeError("weight: expected a whole layer, got one of which this process holds a part: change it before")
+        held = self._parameters.pop("absmax", None) is not None
         packed = w4.packed.reshape((n, k // 2) if k % 2 == 0 else (-1, 1))
         if in_place and self.weight.shape == packed.shape and not self.weight.is_meta:
             self.weight.data.copy_(packed)
@@ -99,26 +105,54 @@ class NF4Linear(nn.Linear):
         self.block_size, self.double_quant = w4.block_size, w4.absmax_scale is not None
         self.quant_type, self.weight_dtype = w4.quant_type, w4.dtype
         self.__dict__.pop("_kept_w4", None)
+        if held:
+            self.hold_absmax_as_parameter()
+
+    def hold_absmax_as_parameter(self) -> None:
+        """``absmax`` becomes a uint8 Parameter, (blocks,) codes or (blocks, 4) bytes of fp32: what shards parameters shards it
+        too, and no policy casts it. ``peftk.nn.constants_as_parameters`` does this to a model."""
+        if "absmax" not in self._parameters:
+            absmax = self._buffers.pop("absmax")
+            stored = absmax if self.double_quant else absmax.view(-1, 1).view(torch.uint8)
+            self.register_parameter("absmax", nn.Parameter(stored, requires_grad=False))
+            self.__dict__.pop("_kept_w4", None)
 
     @property
     def w4(self) -> NF4Weight:
-        """The stored weight; its tensors are the layer's own."""
-        return NF4Weight(
-            self.weight.detach(),
-            self.absmax,
-            self.absmax_scale,
-            self.absmax_offset,
-            torch.Size((self.out_features, self.in_features)),
-            self.weight_dtype,
-            self.block_size,
-            self.quant_type,
-        )
+        """The stored weight; its tensors are the layer's own. Of a layer that is split among processes all of it, gathered: every
+        process must ask for it."""
+        return self._weight_of(whole, (self.out_features, self.in_features))
+
+    def _own_part(self) -> NF4Weight:
+        """This process's rows or columns; all of a layer that isn't split."""
+        rows, columns = part(self.weight).shape if self.is_tensor_parallel else (self.out_features, self.in_features // 2)
+        return self._weight_of(part, (rows, 2 * columns) if self.is_tensor_parallel else (rows, self.in_features))
+
+    def _weight_of(self, take: Callable[[Any], Any], shape: tuple[int, int]) -> NF4Weight:
+        absmax = take(self.absmax.detach())
+        if absmax.dim() == 2:
+            absmax = (absmax if self.double_quant else absmax.view(torch.float32)).view(-1)
+        constants = (absmax, take(self.absmax_scale), take(self.absmax_offset))
+        packed, facts = take(self.weight.detach()), (self.weight_dtype, self.block_size, self.quant_type)
+        return NF4Weight(packed, *constants, torch.Size(shape), *facts)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the codes and constants of the whole layer."""
+        return sum(t.numel() * t.element_size() for t in (self.weight, *self._constants()) if t is not None)
+
+    @property
+    def quant_facts(self) -> torch.Tensor:
+        """What the state dict of a split layer says of it beside its tensors, uint8."""
+        return sharded_state.quant_facts(self)
+
+    def _constants(self) -> list[torch.Tensor | None]:
+        return [getattr(self, name) for name in _CONSTANTS]
 
     def _own_w4(self) -> NF4Weight:
         """``w4`` around the Parameter itself, kept from call to call: making it anew costs as much as a small product."""
-        parts = self._parameters["weight"], *(self._buffers[name] for name in _CONSTANTS)
-        if torch.compiler.is_compiling():
-            return self.w4
+        if torch.compiler.is_compiling() or self.is_tensor_parallel or "absmax" in self._parameters:
+            return self._own_part()
         kept = self.__dict__.get("_kept_w4")
         weight, constants = self._parameters["weight"], self._buffers
         if (
@@ -134,7 +168,7 @@ class NF4Linear(nn.Linear):
         return kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
+        bias = self._own_bias()
         product = nf4_linear if self.training or not wants_int8(self, x, bias) else nf4_linear_int8
         if self.compute_dtype is None:
             return product(x, self._own_w4(), bias)
@@ -154,7 +188,7 @@ class NF4Linear(nn.Linear):
         """forward(x) + scale * D(x if z is None else z) A^T B^T in one op: ``peftk.ops.nf4_lora_linear``. With 8-bit
         activations the low-rank branch is computed apart, from x as it is."""
         h, z = self._in_compute_dtype(x), z if z is None else self._in_compute_dtype(z)
-        bias = self.bias if with_bias else None
+        bias = self._own_bias() if with_bias else None
         if wants_int8(self, x, A, B, z, bias):
             y = add_low_rank(nf4_linear_int8(h, self._own_w4(), bias), h, A, B, scale, z, dropout, seed)
         else:
@@ -164,6 +198,9 @@ class NF4Linear(nn.Linear):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, (..., k) -> (..., n), without the bias and never with 8-bit activations."""
         return nf4_linear(self._in_compute_dtype(x), self._own_w4()).to(x.dtype)
+
+    def _own_bias(self) -> torch.Tensor | None:
+        return factor(self.bias) if self.is_tensor_parallel and self.bias is not None else self.bias
 
     def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
@@ -198,7 +235,7 @@ class NF4Linear(nn.Linear):
         self._store(snapshot.to(self.weight.device), in_place=True)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
-        stored = [self.weight, *(getattr(self, name) for name in _CONSTANTS)]
+        stored = [self.weight, *self._constants()]
 
         def without_cast(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -208,6 +245,8 @@ class NF4Linear(nn.Linear):
         return super()._apply(without_cast, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if sharded_state.is_used(self):
+            return sharded_state.save(self, destination, prefix, keep_vars)
         entries = self.w4.state_dict(prefix)
         destination[f"{prefix}weight"] = entries.pop(f"{prefix}weight")
         if self.bias is not None:
@@ -221,6 +260,8 @@ class NF4Linear(nn.Linear):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
+        if sharded_state.is_used(self) and f"{prefix}absmax" in state_dict:
+            return sharded_state.load(self, state_dict, prefix, assign, strict, missing_keys, unexpected_keys, error_msgs)
         weight, bias = f"{prefix}weight", f"{prefix}bias"
         parts = {key for key in state_dict if key.startswith(f"{weight}.")}
         if weight not in state_dict:
@@ -228,7 +269,7 @@ class NF4Linear(nn.Linear):
         else:
             try:
                 self._store_loaded(self._loaded(state_dict, prefix, bool(parts)), assign)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 error_msgs.append(str(error))
         if self.bias is not None and bias not in state_dict:
             missing_keys.append(bias)

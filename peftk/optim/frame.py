@@ -14,6 +14,7 @@ import torch
 from peftk.optim import layouts, moments, stepping
 from peftk.optim.moments import BITS, STEP
 from peftk.optim.pages import Pages
+from peftk.shards import part, shard_like
 
 NONFINITE = ("keep", "skip", "raise")
 NUMBERS = {2: "two", 3: "three"}
@@ -143,6 +144,11 @@ class Frame(torch.optim.Optimizer):
             call.count_step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. 8-bit moments of parameters that are split among processes come in 32 bits, which any split can load."""
+        found = super().state_dict()
+        return found | {"state": {key: moments.can_be_moved(state) for key, state in found["state"].items()}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; also of bitsandbytes' optimizer of that name. Moments come to the bits of this optimizer and to the
         parameter's device, and are paged where this is paged; byte for byte where they have these bits. ValueError names what
@@ -186,12 +192,14 @@ class Frame(torch.optim.Optimizer):
             if state[key].numel() != param.numel():
                 raise ValueError(f"{name}.{key}: expected shape {tuple(param.shape)}, got {tuple(state[key].shape)}")
         there = {key: value.to(param.device) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-        placed = moments.converted(there, bits)
+        placed, own = moments.converted(moments.split_like(there, param), bits), part(param)
         for key in self.FORMULA.names(bits):
-            shape = param.shape if placed[key].numel() == param.numel() else placed[key].shape
-            dtype = torch.promote_types(param.dtype, torch.float32) if bits == 32 else placed[key].dtype
-            source = placed[key].view(shape)
-            placed[key] = self._pages.copied(source, dtype) if self._pages else _copied(source, dtype)
+            value = part(placed[key])
+            shape = own.shape if value.numel() == own.numel() else value.shape
+            dtype = torch.promote_types(param.dtype, torch.float32) if bits == 32 else value.dtype
+            source = value.view(shape)
+            made = self._pages.copied(source, dtype) if self._pages else _copied(source, dtype)
+            placed[key] = shard_like(made, placed[key])
         return placed
 
     def _bits(self, param: torch.Tensor, group: dict[str, Any], state: moments.State) -> int:
@@ -206,7 +214,7 @@ class Frame(torch.optim.Optimizer):
         for group, _, p in self._all():
             if p.requires_grad and not moments.bits_of(self.state.get(p, {})):
                 bits = self._bits(p, group, self.state.get(p, {}))
-                nbytes = moments.nbytes(p.numel(), self.FORMULA.moments, bits, p.dtype)
+                nbytes = moments.nbytes(part(p).numel(), self.FORMULA.moments, bits, p.dtype)
                 missing[p.device] = missing.get(p.device, 0) + nbytes
         return missing
 

@@ -3,6 +3,7 @@
 32 bits: exp_avg, exp_avg_sq, exp_avg_slow, (p.shape) fp32 (fp64 of an fp64 parameter). 8 bits: state1, state2, state3 (p.shape)
 uint8; absmax1 … absmax3 (ceil(numel / 256),) fp32; qmap1, qmap2 (256,) fp32, the values of the signed and of the unsigned codes,
 shared by all parameters of a device. An optimizer has some of these moments.
+Of a parameter that is split among processes the moments are split alike; in 8 bits the blocks are those of a process's own part.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from peftk.format.dynamic8 import STATE_BLOCK, values8, zero_code8
 from peftk.ops import blockwise8_dequantize, blockwise8_quantize
+from peftk.shards import is_shard, part, placed_like, shard_like
 
 STEP, BITS = "step", "bits"  # the number of steps done; what ``override`` has asked for, where it has
 
@@ -74,12 +76,14 @@ def nbytes(count: int, moments: Sequence[Moment], bits: int, dtype: torch.dtype)
 def fresh(param: torch.Tensor, moments: Sequence[Moment], bits: int, full: Full) -> State:
     """Moments of zero, step 0."""
     state: State = {STEP: 0}
+    own = part(param)
     if bits == 32:
         wide = torch.promote_types(param.dtype, torch.float32)
-        return state | {m.name: full(param.shape, 0, dtype=wide, device=param.device) for m in moments}
-    blocks = (-(-param.numel() // STATE_BLOCK),)
+        return state | {m.name: shard_like(full(own.shape, 0, dtype=wide, device=param.device), param) for m in moments}
+    blocks = (-(-own.numel() // STATE_BLOCK),)
     for m in moments:
-        state[m.codes] = full(param.shape, zero_code8(m.signed), dtype=torch.uint8, device=param.device)
+        zeros = full(own.shape, zero_code8(m.signed), dtype=torch.uint8, device=param.device)
+        state[m.codes] = shard_like(zeros, param)
         state[m.absmax] = full(blocks, 0, dtype=torch.float32, device=param.device)
         state[m.qmap] = values8(m.signed, param.device)
     return state
@@ -94,8 +98,25 @@ def converted(state: State, bits: int) -> State:
     others = {name: value for name, value in state.items() if name not in moved}
     for m in there:
         if bits == 32:
-            others[m.name] = blockwise8_dequantize(state[m.codes], state[m.absmax], STATE_BLOCK, signed=m.signed)
+            decoded = blockwise8_dequantize(part(state[m.codes]), state[m.absmax], STATE_BLOCK, signed=m.signed)
+            others[m.name] = shard_like(decoded, state[m.codes])
         else:
-            others[m.codes], others[m.absmax] = blockwise8_quantize(state[m.name].float(), STATE_BLOCK, m.signed)
+            coded, others[m.absmax] = blockwise8_quantize(part(state[m.name]).float(), STATE_BLOCK, m.signed)
+            others[m.codes] = shard_like(coded, state[m.name])
             others[m.qmap] = values8(m.signed, state[m.name].device)
     return others
+
+
+def can_be_moved(state: State) -> State:
+    """A state that another number of processes can load: blocks of 8-bit codes belong to one process's part, so that codes of a
+    split parameter are decoded. Coded again they are the same in the same split, but a block of exp_avg whose largest element is
+    negative comes back 0.7 % smaller: the signed code has 1 and no -1."""
+    return converted(state, 32) if is_shard(state.get(AVERAGE.codes)) else state
+
+
+def split_like(state: State, param: torch.Tensor) -> State:
+    """Whole moments of a parameter that is split, split alike; the state as it is where that has been done or isn't needed."""
+    if not is_shard(param) or is_shard(state.get(AVERAGE.name, state.get(AVERAGE.codes))):
+        return state
+    state = converted(state, 32)
+    return state | {m.name: placed_like(state[m.name], param) for m in of(state)}

@@ -10,6 +10,7 @@ import torch
 
 from peftk.ops.step_lists import StepOp
 from peftk.optim.moments import STEP, Moment, State, bits_of, names
+from peftk.shards import as_split, is_shard, part, smallest
 
 LOOKED_AT = 1 << 18  # elements of a gradient at once, in search of one that is not finite
 
@@ -45,7 +46,7 @@ class Call:
 
     def moments(self) -> list[list[torch.Tensor]]:
         """Lists in the order in which the op takes them."""
-        return [[state[name] for state in self.states] for name in self.formula.names(self.bits)]
+        return [[part(state[name]) for state in self.states] for name in self.formula.names(self.bits)]
 
     def count_step(self) -> None:
         for state in self.states:
@@ -79,8 +80,8 @@ def calls(
         call = found.get(key)
         if call is None:
             call = found[key] = Call(formula, bits, step)
-        call.params.append(p)
-        call.grads.append(grad)
+        call.params.append(part(p))
+        call.grads.append(part(as_split(grad, p)))
         call.states.append(state)
     return found.values()
 
@@ -110,16 +111,24 @@ class Contiguous:
 
 
 def first_not_finite(grads: Sequence[torch.Tensor]) -> int | None:
-    """Index of the first with NaN or Inf in it; None where all are finite. A sum is finite only if all of it is, and takes less
-    than a tenth of the time of looking at each element. One wait a device."""
+    """Index of the first with NaN or Inf in it, in whatever process; None where all are finite. A sum is finite only if all of it
+    is, and takes less than a tenth of the time of looking at each element. One wait a device."""
+    index = _first_not_finite([part(grad) for grad in grads])
+    if not any(map(is_shard, grads)):
+        return index
+    found = smallest(len(grads) if index is None else index, grads[0].device)
+    return None if found == len(grads) else found
+
+
+def _first_not_finite(grads: Sequence[torch.Tensor]) -> int | None:
     room = torch.empty(LOOKED_AT, dtype=torch.float32, device="cpu")
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for grad in grads:
         sums.setdefault(grad.device, []).extend(_sums(grad, room))
     if all(bool(torch.stack(there).isfinite().all()) for there in sums.values()):
         return None
-    parts = (grad.reshape(-1).split(LOOKED_AT) for grad in grads)
-    return next((i for i, those in enumerate(parts) if not all(part.isfinite().all() for part in those)), None)
+    pieces = (grad.reshape(-1).split(LOOKED_AT) for grad in grads)
+    return next((i for i, those in enumerate(pieces) if not all(piece.isfinite().all() for piece in those)), None)
 
 
 def _sums(grad: torch.Tensor, room: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -128,5 +137,5 @@ def _sums(grad: torch.Tensor, room: torch.Tensor) -> Iterator[torch.Tensor]:
     if grad.device.type != "cpu" or grad.element_size() > 2 or not grad.is_contiguous():
         yield grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).float()
         return
-    for part in grad.view(-1).split(LOOKED_AT):
-        yield room[: part.numel()].copy_(part).sum()
+    for piece in grad.view(-1).split(LOOKED_AT):
+        yield room[: piece.numel()].copy_(piece).sum()

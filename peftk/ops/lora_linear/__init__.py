@@ -89,7 +89,7 @@ def _fake_backward(dy, x, z, s, weight, A, B, scale, dropout, seed, need_dx, nee
     return dy.new_empty(dx), dy.new_empty(dz), A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-_WEIGHT, _FACTS = "Tensor weight, Tensor A, Tensor B", "float scale, float dropout, int seed"
+_WEIGHT, _FACTS = "Tensor weight, Tensor A, Tensor B", "float scale, float dropout, SymInt seed"
 library.define(
     f"lora_linear_forward(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? z, {_FACTS}) -> (Tensor, Tensor)",
     _run_forward,

@@ -151,7 +151,7 @@ def _fake_many_backward(dy, x, z, s, packed, absmax, absmax_scale, absmax_offset
 
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor A, Tensor B"
-_FACTS = "float scale, int block_size, str quant_type, float dropout, int seed"
+_FACTS = "float scale, int block_size, str quant_type, float dropout, SymInt seed"
 library.define(
     f"nf4_lora_linear_forward(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? z, {_FACTS}) -> (Tensor, Tensor)",
     _run_forward,
@@ -171,7 +171,7 @@ library.define(
 )
 
 _WEIGHTS = "Tensor[] packed, Tensor[] absmax, Tensor?[] absmax_scale, Tensor?[] absmax_offset, Tensor[] A, Tensor[] B"
-_MANY_FACTS = "float[] scale, int[] block_size, str[] quant_type, float dropout, int[] seed"
+_MANY_FACTS = "float[] scale, int[] block_size, str[] quant_type, float dropout, SymInt[] seed"
 library.define(  # every y, then every S
     f"nf4_lora_linear_many_forward(Tensor x, {_WEIGHTS}, Tensor?[] bias, Tensor? z, {_MANY_FACTS}) -> Tensor[]",
     _run_many_forward,

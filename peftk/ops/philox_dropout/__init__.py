@@ -29,7 +29,7 @@ def philox_dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     p or seed outside."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: expected a probability in [0, 1), got {p}")
-    if not 0 <= seed < 2**63:
+    if not torch.compiler.is_compiling() and not 0 <= seed < 2**63:  # a trace knows no value of a seed that is drawn in it
         raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
     return torch.ops.peftk.philox_dropout(x, p, seed)
 
@@ -56,7 +56,7 @@ def _run(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 
 library.define(
-    "philox_dropout(Tensor x, float p, int seed) -> Tensor",
+    "philox_dropout(Tensor x, float p, SymInt seed) -> Tensor",
     _run,
     lambda x, p, seed: x.new_empty(x.shape),
     _Dropout.apply,
