@@ -50,6 +50,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.full
 def test_wheel_from_the_sdist_without_nvcc(sdist, tmp_path):
     printed = install(sdist, tmp_path / "site", PEFTK_CMAKE_ARGS="-DPEFTK_CUDA=OFF").splitlines()
     assert printed[0].startswith(str(tmp_path)) and printed[1] == "True"
