@@ -117,8 +117,10 @@ def qlora_step(steps: int) -> tuple[str, Work, Goal, Both]:
     ids = smollm2.batches(steps)
 
     def make() -> tuple[peers.Run, None]:
+        import bitsandbytes
+
         model, upcoming = on_bitsandbytes(), itertools.cycle(ids)
-        step = plain_step(model)
+        step = smollm2.plain_step(model, bitsandbytes.optim.AdamW8bit)
         return lambda: step(next(upcoming)), None
 
     shape = f"SmolLM2-135M, {smollm2.SEQUENCES}x{smollm2.LENGTH} tokens, bf16, r={smollm2.RANK}, HF peft, AdamW8bit"
@@ -132,19 +134,3 @@ def on_bitsandbytes() -> torch.nn.Module:
         peftk.save_adapter(model, folder)
         linear = partial(peers.bnb_linear, compute_dtype=torch.bfloat16)
         return smollm2.with_hf_peft(smollm2.on_peers(linear), folder)
-
-
-def plain_step(model: torch.nn.Module) -> Callable[[torch.Tensor], float]:
-    """input_ids -> loss"""
-    import bitsandbytes
-
-    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=smollm2.RATE)
-
-    def step(ids: torch.Tensor) -> float:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step

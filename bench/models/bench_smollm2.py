@@ -159,9 +159,9 @@ def with_hf_peft(model: nn.Module, adapter: str) -> nn.Module:
 # ---- steps ------------------------------------------------------------------------------------------------------------------
 
 
-def plain_step(model: Any) -> Callable[[torch.Tensor], float]:
-    """input_ids -> loss, of a step as anyone would write it."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+def plain_step(model: Any, kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> Callable[[torch.Tensor], float]:
+    """input_ids -> loss, of a step as anyone would write it, with an optimizer of that kind."""
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
     def step(ids: torch.Tensor) -> float:
         loss = model(input_ids=ids, labels=ids).loss

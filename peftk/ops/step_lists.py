@@ -3,7 +3,8 @@ the references have them. An optimizer's room has its formula."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ class StepOp:
         dispatch.select(self.name, self.table, *arguments)(*arguments)
         params, _, *lists, _ = arguments
         increment_version([*params, *(tensor for tensors in lists for tensor in tensors)])
+
+
+def check_numbers(betas: Mapping[str, float], amounts: Mapping[str, float], grad_factor: float) -> None:
+    """Of a step's hyper-parameters, by name. ValueError names the one that is out of its range."""
+    for name, beta in betas.items():
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}: expected a number in [0, 1), got {beta}")
+    for name, amount in amounts.items():
+        if not 0.0 <= amount < math.inf:
+            raise ValueError(f"{name}: expected a finite number, 0 or more, got {amount}")
+    if not math.isfinite(grad_factor):
+        raise ValueError(f"grad_factor: expected a finite number, got {grad_factor}")
 
 
 def check(params: Tensors, **lists: Tensors) -> None:

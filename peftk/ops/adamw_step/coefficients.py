@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from peftk.ops.step_lists import check_numbers
+
 
 class Coefficients(NamedTuple):
     """In the order in which kernels take them; each is rounded once to fp32 there."""
@@ -25,14 +27,7 @@ def coefficients(
     """Of step number ``step``, the first being 1. ValueError names the argument that is out of its range."""
     if step < 1:
         raise ValueError(f"step: expected the number of this step, 1 or more, got {step}")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}: expected a number in [0, 1), got {beta}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
-    if not math.isfinite(grad_factor):
-        raise ValueError(f"grad_factor: expected a finite number, got {grad_factor}")
+    check_numbers({"beta1": beta1, "beta2": beta2}, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, grad_factor)
     return Coefficients(
         grad_factor,
         1 - lr * weight_decay,

@@ -19,7 +19,7 @@ import math
 
 from peftk.ops.ademamix_step import cpu, reference
 from peftk.ops.ademamix_step.reference import Coefficients
-from peftk.ops.step_lists import StepOp, Tensors, check
+from peftk.ops.step_lists import StepOp, Tensors, check, check_numbers
 
 TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
 TABLE8 = (cpu.IMPLEMENTATION8, reference.IMPLEMENTATION8)
@@ -42,14 +42,8 @@ def coefficients(
     out of its range."""
     if step < 1:
         raise ValueError(f"step: expected the number of this step, 1 or more, got {step}")
-    for name, beta in (("beta1", beta1), ("beta2", beta2), ("beta3", beta3)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}: expected a number in [0, 1), got {beta}")
-    for name, value in (("lr", lr), ("alpha", alpha), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
-    if not math.isfinite(grad_factor):
-        raise ValueError(f"grad_factor: expected a finite number, got {grad_factor}")
+    amounts = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+    check_numbers({"beta1": beta1, "beta2": beta2, "beta3": beta3}, amounts, grad_factor)
     return Coefficients(
         grad_factor,
         1 - lr * weight_decay,

@@ -13,11 +13,9 @@ is not finite. A gradient that is NaN makes its own p NaN.
 
 from __future__ import annotations
 
-import math
-
 from peftk.ops.lion_step import cpu, reference
 from peftk.ops.lion_step.reference import Coefficients
-from peftk.ops.step_lists import StepOp, Tensors, check
+from peftk.ops.step_lists import StepOp, Tensors, check, check_numbers
 
 TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
 TABLE8 = (cpu.IMPLEMENTATION8, reference.IMPLEMENTATION8)
@@ -27,14 +25,7 @@ unchecked8 = StepOp("lion_step8", ("state1", "absmax1"), TABLE8)
 
 def coefficients(lr: float, beta1: float, beta2: float, weight_decay: float, grad_factor: float = 1.0) -> Coefficients:
     """What every kernel takes. ValueError names the argument that is out of its range."""
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}: expected a number in [0, 1), got {beta}")
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
-    if not math.isfinite(grad_factor):
-        raise ValueError(f"grad_factor: expected a finite number, got {grad_factor}")
+    check_numbers({"beta1": beta1, "beta2": beta2}, {"lr": lr, "weight_decay": weight_decay}, grad_factor)
     return Coefficients(grad_factor, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, lr)
 
 
