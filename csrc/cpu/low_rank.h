@@ -120,7 +120,8 @@ void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int6
       branch.a.read<1>(j, position, here, &factor);
       store(values, value);
       store(factors, factor);
-      for (int lane = 0; lane < kLanes; lane++) sum[lane] += static_cast<double>(values[lane]) * factors[lane];
+      for (int lane = 0; lane < kLanes; lane++)
+        sum[lane] += static_cast<double>(values[lane]) * static_cast<double>(factors[lane]);
     }
     double all = 0.0;
     for (double lane : sum) all += lane;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,6 @@ __all__ = ["main"]
 
 COMMANDS = (finetune, generate, quantize, memory, info)
 USER_ERROR = 2  # argparse's own exit status for a bad flag
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 or what the command returns (peftk memory: 1 where a card is too small), 2
-    where the user's input is at fault, 130 after Ctrl-C. Errors of the program itself are raised."""
+    where the user's input is at fault, 130 after Ctrl-C and 143 after SIGTERM. Errors of the program itself are raised."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("peftk").setLevel(logging.INFO)
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"\npeftk {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        told = " ".join(["interrupted", *map(str, interrupt.args[:1])])
+        print(f"\npeftk {arguments.command}: {told}", file=sys.stderr)
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return status or 0
