@@ -1,4 +1,4 @@
-"""What becomes of a weight in the new checkpoint: copied, cast, or in 4 bits; written in pieces, then held against what it was."""
+"""What becomes of a weight in the new checkpoint: copied, cast, or in 4 bits; written in pieces, then held against W."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Error:
 
 
 class Output(Protocol):
-    """One weight of the new checkpoint under its key; ``entries`` are the file's. ``write`` returns its error where it has one."""
+    """One weight of the new checkpoint; ``entries`` are the file's. ``write`` returns its error where it has one."""
 
     key: str
     entries: list[Entry]

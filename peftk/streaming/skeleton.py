@@ -1,7 +1,7 @@
 """A model without its weights: which of its layers go into 4 bits, and under which names a checkpoint has them.
 
-transformers builds it from the config, on the meta device; so a layer that it keeps in fp32, ties to another or reads otherwise is
-known for any architecture.
+transformers builds it from the config, on the meta device; so a layer that it keeps in fp32 or ties to another is known for any
+architecture.
 """
 
 from __future__ import annotations

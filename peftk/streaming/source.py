@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from peftk.streaming.safetensors_file import DTYPES, NAMES, read_header
+from peftk.streaming.safetensors_file import NAMES, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -30,20 +30,21 @@ class Tensor(Protocol):
     def read(self, start: int, stop: int) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """A tensor that a function makes when it is read: of a file that must be decoded, or of a model in memory."""
+class Made:
+    """A tensor that a function makes when it is read, of a file that must be decoded; kept from the first range to the last."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+    def __init__(self, dtype: torch.dtype, shape: Sequence[int], make: Callable[[], torch.Tensor]):
+        self.dtype, self.shape, self._make = NAMES[dtype], tuple(shape), make
+        self.nbytes = dtype.itemsize * math.prod(self.shape)
+        self._bytes: torch.Tensor | None = None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return self.make().contiguous().view(-1).view(torch.uint8)[start:stop]
+        if self._bytes is None:
+            self._bytes = self._make().contiguous().view(-1).view(torch.uint8)
+        part = self._bytes[start:stop].clone()
+        if stop == self.nbytes:
+            self._bytes = None
+        return part
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class Source:
 
     groups: tuple[Mapping[str, Tensor], ...]
     files: tuple[Path, ...]
-    facts: dict[str, Any] = field(default_factory=dict)  # that say which checkpoint it is, beside the files
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for group in self.groups for name, tensor in group.items()}
 
-    def fingerprint(self) -> list[dict[str, Any]]:
-        """What tells these files from changed ones: sizes, times, and the bytes at either end."""
-        return [_print_of(path) for path in self.files]
+
+def fingerprint(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What tells these files from changed ones: sizes, times, and the bytes at either end."""
+    return [_print_of(path) for path in files]
 
 
 def _print_of(path: Path) -> dict[str, Any]:
@@ -110,6 +111,11 @@ def _checked(source: Source, folder: Path) -> Source:
     return source
 
 
+def file_group(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, safetensors or, by its ending, torch.save's. ValueError names it."""
+    return _torch_group(path) if path.suffix == ".bin" else _safetensors_group(path)
+
+
 def _safetensors_group(path: Path) -> dict[str, Tensor]:
     return dict(read_header(path)[0])
 
@@ -125,4 +131,4 @@ def _torch_group(path: Path) -> dict[str, Tensor]:
 
 def from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
     """A group of tensors that are in memory, or in a mapped file."""
-    return {name: InMemory(NAMES[t.dtype], tuple(t.shape), lambda t=t: t.detach()) for name, t in tensors.items()}
+    return {name: Made(t.dtype, t.shape, t.detach) for name, t in tensors.items()}

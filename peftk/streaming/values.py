@@ -13,7 +13,7 @@ from peftk.format.nf4 import NF4Weight
 from peftk.streaming.safetensors_file import DTYPES
 from peftk.streaming.source import Tensor
 
-CHUNK = 1 << 22  # elements that are read, decoded, quantised and written at a time, some fp32 copies of which are in memory at once
+CHUNK = 1 << 20  # elements that are worked on at a time, with several fp32 copies of them in memory
 
 
 class Values(Protocol):

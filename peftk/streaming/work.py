@@ -1,8 +1,8 @@
 """The folder that a whole-checkpoint job writes: shard after shard beside its place, whole there at the end.
 
-    .NAME.unfinished/lock            held by the process at work
-    .NAME.unfinished/manifest.json   what is being made of what, and the finished shards with their sizes and hashes
-    .NAME.unfinished/files/          becomes NAME
+.NAME.unfinished/lock            held by the process at work
+.NAME.unfinished/manifest.json   what is being made of what, and the finished shards with their sizes and hashes
+.NAME.unfinished/files/          becomes NAME
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Job:
         resume: bool = False,
     ):
         self.out, self.shards, self.facts, self.finish, self.resume = out, list(shards), facts, finish, resume
-        self.work = out.with_name(f".{out.name}.unfinished")
+        self.work = _work_of(out)
         self.files, self.manifest = self.work / "files", self.work / "manifest.json"
         self._done: dict[str, dict[str, Any]] = {}
 
@@ -96,10 +96,13 @@ class Job:
         """The errors of all layers, in the order of the shards. ValueError: the folder holds something, or an unfinished job that
         is not to be resumed or is another one; Busy; OSError for a full disk, before anything is written where that can be told.
         With an error the folder isn't there, and finished shards stay for ``resume``."""
-        check_free(self.out)
+        check_free(self.out, self.resume)
         with self._locked():
-            check_free(self.out)
+            check_free(self.out, self.resume)
             self._done = self._kept()
+            if _is_published(self.out):  # and killed after that
+                shutil.rmtree(self.work, ignore_errors=True)
+                return self._errors()
             try:
                 self._clean()
                 self._check_space()
@@ -109,12 +112,15 @@ class Job:
                 if not self._done:
                     shutil.rmtree(self.work, ignore_errors=True)
                 raise
-            errors = [Error(**row) for shard in self.shards for row in self._done[shard.name]["errors"]]
             self._write_index()
-            self.finish(self.files, errors)
+            self.finish(self.files, self._errors())
             publish(self.files, self.out)
             shutil.rmtree(self.work, ignore_errors=True)
-        return errors
+        return self._errors()
+
+    def _errors(self) -> list[Error]:
+        rows = (row for shard in self.shards for row in self._done[shard.name]["errors"])
+        return [Error(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
     def _missing(self) -> list[tuple[Shard, Output]]:
         return [(shard, output) for shard in self.shards if shard.name not in self._done for output in shard.outputs]
@@ -160,6 +166,8 @@ class Job:
             raise ValueError(f"{self.work} holds an unfinished job: go on with it by --resume, or delete that folder")
         before = json.loads(self.manifest.read_text(encoding="utf-8"))
         _check_same(before["facts"], json.loads(json.dumps(self.facts)), self.work)
+        if _is_published(self.out):
+            return before["shards"]
         kept = {name: entry for name, entry in before["shards"].items() if self._is_whole(name, entry)}
         logger.info("%s: %d of %d shards are there already", self.out, len(kept), len(self.shards))
         return kept
@@ -215,10 +223,22 @@ def _is_still(handle: int, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
 
-def check_free(out: Path) -> None:
-    """ValueError unless ``out`` is a name for a new folder, or an empty one."""
+def check_free(out: Path, resume: bool = False) -> None:
+    """ValueError unless ``out`` is a name for a new folder, or an empty one; ``resume``: or what a job was killed right after."""
+    if resume and _is_published(out):
+        return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new folder, this one holds something")
+
+
+def _is_published(out: Path) -> bool:
+    """Whether a job has made ``out``, and nothing after that."""
+    work = _work_of(out)
+    return out.is_dir() and any(out.iterdir()) and (work / "manifest.json").is_file() and not (work / "files").exists()
+
+
+def _work_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], work: Path) -> None:
