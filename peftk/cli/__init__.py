@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from peftk.cli import finetune, generate, info, memory, quantize
+from peftk.cli import finetune, generate, info, memory, merge, quantize
 from peftk.cli.errors import UserError
 
 __all__ = ["main"]
 
-COMMANDS = (finetune, generate, quantize, memory, info)
+COMMANDS = (finetune, generate, quantize, merge, memory, info)
 USER_ERROR = 2  # argparse's own exit status for a bad flag
 
 
