@@ -19,9 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_BEHIND = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "*.egg-info", "_C*.so", "__pycache__", ".hypothesis", ".ruff_cache", "out"
-)
+LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "_C*.so", "__pycache__", ".*_cache", "out")
 # The interpreter, torch and their thread pools aren't built with a sanitizer: what they do isn't looked at, and leaks are theirs.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",
