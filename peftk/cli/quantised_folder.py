@@ -50,9 +50,10 @@ def _put_quantised(model: nn.Module, name: str, state: dict[str, torch.Tensor]) 
     w4 = NF4Weight.from_state_dict(state, f"{name}.")
     parent, _, child = name.rpartition(".")
     linear = model.get_submodule(name)
+    n, k = w4.shape  # of a Conv1D too
     layer = NF4Linear(
-        linear.in_features,
-        linear.out_features,
+        k,
+        n,
         bias=linear.bias is not None,
         block_size=w4.block_size,
         device="meta",
