@@ -16,7 +16,7 @@ import peftk
 from peftk.atomic import write_file
 from peftk.cli import flags
 from peftk.cli.errors import UserError
-from peftk.cli.process_memory import readable
+from peftk.cli.process_memory import readable, return_freed_memory
 from peftk.cli.stored import CONFIG, StoredModel
 from peftk.format.code4 import BLOCK_SIZES
 from peftk.streaming import report
@@ -101,6 +101,7 @@ def in_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def carry_out(task: Task) -> None:
     """Write the folder, and say what it came to. UserError for what the job can't be done with or on."""
     shards = into_shards(task.planned.groups, task.arguments.max_shard_size)
+    return_freed_memory()
     facts = task.facts()
 
     def finish(folder: Path, errors: list[Error]) -> None:

@@ -16,7 +16,7 @@ from peftk.streaming.safetensors_file import Entry, Writer
 from peftk.streaming.source import Tensor
 from peftk.streaming.values import Values, part_of, ranges
 
-_COPIED = 16 << 20  # bytes
+_COPIED = 4 << 20  # bytes
 _DIGITS = 24  # bytes; the longest that a double takes in JSON
 
 

@@ -71,7 +71,8 @@ def draw(path: Path, errors: Sequence[Error], title: str) -> None:
     axes = figure.add_subplot()
     groups = by_kind(errors)
     if groups:
-        axes.hist([[e.relative for e in group] for group in groups.values()], _BINS, stacked=True, label=list(groups))
+        values = [[error.relative for error in group] for group in groups.values()]
+        axes.hist(values, _BINS, stacked=True, label=list(groups), histtype="stepfilled")
         axes.legend(fontsize="small")
     axes.set(xlabel="|stored - exact| / |exact|, Frobenius", ylabel="layers", title=title)
     axes.grid(alpha=0.3)

@@ -83,9 +83,10 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def dense_layers(model: nn.Module, quantised: Iterable[str]) -> list[str]:
-    """Paths of the other linear layers, as config.json lists them for transformers."""
-    quantised = set(quantised)
-    return [path for path in linears(model) if path not in quantised]
+    """Paths of the other linear layers and of fused experts, as config.json lists them for transformers."""
+    quantised, linear = set(quantised), linears(model)
+    experts = {path for path, module in model.named_modules() if is_experts(module) or has_other_experts(module)}
+    return [path for path, _ in model.named_modules() if path in experts or (path in linear and path not in quantised)]
 
 
 def _hidden_by(path: str, dense: Iterable[str]) -> bool:

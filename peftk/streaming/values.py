@@ -13,7 +13,7 @@ from peftk.format.nf4 import NF4Weight
 from peftk.streaming.safetensors_file import DTYPES
 from peftk.streaming.source import Tensor
 
-CHUNK = 1 << 20  # elements that are worked on at a time, with several fp32 copies of them in memory
+CHUNK = 1 << 18  # elements that are worked on at a time, with several fp32 copies of them in memory
 
 
 class Values(Protocol):

@@ -33,9 +33,9 @@ def sharded(model_folder, tmp_path_factory) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("sharded")
-    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder, max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder, max_shard_size="60KB")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 5
+    assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
 
@@ -71,7 +71,7 @@ def synthetic(folder: Path, layers: int, width: int, vocabulary: int) -> int:
     return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def adapter_for(folder: Path, to: Path, width: int) -> None:
+def adapter_for(folder: Path, to: Path) -> None:
     """LoRA of rank 4 on all linear layers, random."""
     import transformers
 
@@ -96,12 +96,13 @@ SIZES = [(2, 1024, 24000), pytest.param((4, 2048, 100_000), marks=pytest.mark.fu
 def test_memory_stays_below_the_largest_file(model_folder, tmp_path, command, size):
     (tmp_path / "big").mkdir()
     largest = synthetic(tmp_path / "big", *size)
-    more = []
-    if command == "merge":
-        adapter_for(tmp_path / "big", tmp_path / "adapter", size[1])
-        more = ["--adapter", tmp_path / "adapter", "--to", "nf4"]
-    warm = ["quantize", "--model", model_folder, "--out", tmp_path / "warm"]
-    told = run("peak", "--", *warm, "--", command, "--model", tmp_path / "big", "--out", tmp_path / "out", *more)
+    commands = []
+    for source, out in ((model_folder, "warm"), (tmp_path / "big", "out")):
+        commands += ["--", command, "--model", source, "--out", tmp_path / out]
+        if command == "merge":
+            adapter_for(source, tmp_path / f"adapter-{out}")
+            commands += ["--adapter", tmp_path / f"adapter-{out}", "--to", "nf4"]
+    told = run("peak", *commands)
     assert told["peak"] <= 1.1 * largest, (told, largest)
 
 
