@@ -139,15 +139,16 @@ class NF4Linear(nn.Linear):
     @property
     def stored_bytes(self) -> int:
         """Of the codes and constants of the whole layer."""
-        return sum(t.numel() * t.element_size() for t in (self.weight, *self._constants()) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.weight, *self.constants()))
 
     @property
     def quant_facts(self) -> torch.Tensor:
         """What the state dict of a split layer says of it beside its tensors, uint8."""
         return sharded_state.quant_facts(self)
 
-    def _constants(self) -> list[torch.Tensor | None]:
-        return [getattr(self, name) for name in _CONSTANTS]
+    def constants(self) -> list[torch.Tensor]:
+        """The blocks' constants as the layer holds them: absmax and, double quantised, its scale and offset."""
+        return [constant for name in _CONSTANTS if (constant := getattr(self, name)) is not None]
 
     def _own_w4(self) -> NF4Weight:
         """``w4`` around the Parameter itself, kept from call to call: making it anew costs as much as a small product."""
@@ -235,7 +236,7 @@ class NF4Linear(nn.Linear):
         self._store(snapshot.to(self.weight.device), in_place=True)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
-        stored = [self.weight, *self._constants()]
+        stored = [self.weight, *self.constants()]
 
         def without_cast(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
