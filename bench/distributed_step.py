@@ -6,6 +6,7 @@ Freed memory is given back at once, as in bench/memory_plan.py, so that the peak
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def planned(engine: str, ranks: int, size: int) -> Plan:
 
 
 def run(who: str, engine: str, rank: int, ranks: int, store: str, size: int) -> dict[str, Any]:
-    """Bytes: ``held`` by kind, ``peak`` above those after import, ``collectives`` of a step by kind; the first ``loss``."""
+    """``train`` over gloo, and the ``peak`` of resident memory above that after import, bytes."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, GIVE_BACK), libc.mallopt(-1, GIVE_BACK)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     torch.set_num_threads(1)
@@ -76,25 +77,33 @@ def run(who: str, engine: str, rank: int, ranks: int, store: str, size: int) -> 
     config = config_of(size)
     transformers.AutoModelForCausalLM._model_mapping[type(config)]  # imports the code of the model
     after_import = _status("VmRSS")
+
+    def forget_the_past() -> None:
+        gc.collect()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+    told = train(who, engine, config, forget_the_past)
+    return told | {"peak": _status("VmHWM") - after_import}
+
+
+def train(who: str, engine: str, config: Any, before_steps: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """In each process of the group. Bytes ``held`` in this one between steps, by kind, and of the ``collectives`` of a step, by
+    kind; and the ``losses``."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
     model = build(who, config)
     step = split(who, model, engine, ranks)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    gc.collect()
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    before_steps()
     torch.manual_seed(0 if engine == "tp" else rank)
     counted, losses = Collectives(), []
     for i in range(STEPS):
         ids = torch.randint(0, config.vocab_size, (1, TOKENS))
-        if i == COUNTED:
-            with counted:
-                losses.append(_forward_backward(step, ids))
-        else:
+        with counted if i == COUNTED else contextlib.nullcontext():
             losses.append(_forward_backward(step, ids))
         optimizer.step()
         optimizer.zero_grad()
-    peak = _status("VmHWM") - after_import
-    return {"held": held(model, optimizer), "peak": peak, "collectives": dict(counted.bytes), "losses": losses}
+    return {"held": held(model, optimizer), "collectives": dict(counted.bytes), "losses": losses}
 
 
 def _forward_backward(model: nn.Module, ids: torch.Tensor) -> float:
@@ -116,12 +125,13 @@ def build(who: str, config: Any) -> nn.Module:
         return model.train()
     import peft
 
-    peftk.cli.prepare.quantise_base(model.requires_grad_(False))
+    from peftk.cli.prepare import quantise_base
+
+    quantise_base(model.requires_grad_(False))
     for path, module in list(model.named_modules()):
         if isinstance(module, peftk.nn.NF4Linear):
             parent, _, name = path.rpartition(".")
-            linear = partial(peers.bnb_linear, compute_dtype=torch.bfloat16)(module.w4)
-            setattr(model.get_submodule(parent), name, linear)
+            setattr(model.get_submodule(parent), name, peers.bnb_linear(module.w4, torch.bfloat16))
     model.is_loaded_in_4bit = True
     return peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear")).train()
 

@@ -116,9 +116,23 @@ class Shards:
 def plan(blueprint: Blueprint, loss: Loss, step: Step, machine: Machine = Machine()) -> Plan:
     """Prediction for one device of ``machine``; ``step.batch`` is a device's own, with tensor parallelism everyone's. ValueError
     for a model that can't be split so."""
-    if machine.gpus > 1 and machine.sharding == "tp":
-        blueprint = part_of(blueprint, machine.gpus)
-    moments, modules = moments_of(blueprint, loss, step)
+    return plans(blueprint, loss, step, [machine])[0]
+
+
+def plans(blueprint: Blueprint, loss: Loss, step: Step, machines: Sequence[Machine]) -> list[Plan]:
+    """``plan`` for each machine; those on which the same model computes share a run of the step."""
+    runs: dict[int, tuple[Blueprint, list[Moment], int]] = {}
+    found = []
+    for machine in machines:
+        parts = machine.gpus if machine.sharding == "tp" else 1
+        if parts not in runs:
+            own = part_of(blueprint, parts) if parts > 1 else blueprint
+            runs[parts] = (own, *moments_of(own, loss, step))
+        found.append(_plan_of(*runs[parts], step, machine))
+    return found
+
+
+def _plan_of(blueprint: Blueprint, moments: list[Moment], modules: int, step: Step, machine: Machine) -> Plan:
     shards = shards_of(blueprint, machine.gpus) if machine.gpus > 1 and machine.sharding == "fsdp" else None
     adjusted = [(moment.phase, _on_device(moment, step, machine, shards, modules)) for moment in moments]
     phase, parts = max(adjusted, key=lambda entry: sum(entry[1].values()))

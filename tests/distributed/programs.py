@@ -187,6 +187,15 @@ def loaded(folder: str, kind: str = "AdamW") -> list[float]:
     return mean(train(model, own_rows(), optimizer, 2))
 
 
+def counted(size: int) -> dict[str, Any]:
+    """By engine: what this process holds and what collectives are about, as the bench counts it."""
+    from bench import distributed_step
+
+    return {
+        engine: distributed_step.train("peftk", engine, distributed_step.config_of(size)) for engine in distributed_step.ENGINES
+    }
+
+
 def _resumable(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     model = shard(decoder(adalora()))
     optimizer = adamw(model, torch.optim.AdamW if kind == "AdamW" else getattr(peftk.optim, kind))
