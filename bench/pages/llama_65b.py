@@ -31,9 +31,9 @@ count their tensors and collectives, to the byte. `python -m bench.pages.llama_6
 """
 TAIL = """\
 In GB (10^9 bytes), but for the last column. "Weights" are codes, constants and what stays in bf16: embeddings, head, norms. "In
-all" has activations, logits and {reserved:.1f} GB for driver and libraries on top of the columns before it. "Sent" is what one GPU puts
-on the wire in a step by ring algorithms, "a token" the same by the step's tokens: {tokens} on each GPU, but with tensor parallelism
-{tokens} on all of them.
+all" has activations, logits and {reserved:.1f} GB for driver and libraries on top of the columns before it. "Sent" is what one
+GPU puts on the wire in a step by ring algorithms, "a token" the same by the step's tokens: {tokens} on each GPU, but with tensor
+parallelism {tokens} on all of them.
 
 - DDP sends only the adapters' gradients, once; every GPU holds the whole model.
 - `fully_shard` (after `peftk.nn.constants_as_parameters`) gathers each layer's codes, constants and adapters twice, for its
@@ -41,7 +41,8 @@ on the wire in a step by ring algorithms, "a token" the same by the step's token
   batch makes it cheaper. What is gathered at a time, two layers and all that is in none, is the same on any number of GPUs.
   A factor of {rank} rows lies on {rank} GPUs at most.
 - Tensor parallelism (`peftk.integrations.tensor_parallel.plan_of`) sends activations, in proportion to the tokens, and the
-  gradients of factors that stay whole, as embeddings and head do. {even}
+  gradients of factors that stay whole, as embeddings and head do.
+  {even}
 """
 Plans = dict[tuple[int, str], Plan | str]  # by GPUs and engine; the reason where it can't be split so
 
