@@ -52,11 +52,11 @@ def prepared(model: nn.Module) -> None:
     peftk.attach(model, peftk.LoraConfig(r=RANK, target_modules="all-linear"))
 
 
-def planned(engine: str, ranks: int, size: int) -> Plan:
+def planned(engine: str, ranks: int, size: int, checkpointing: bool = False) -> Plan:
     """By the planner."""
     from peftk.cli.loss import LanguageModelLoss
 
-    step = Step(1, TOKENS, device_type="cpu")
+    step = Step(1, TOKENS, checkpointing, device_type="cpu")
     return plan(Blueprint(config_of(size), torch.bfloat16, prepared), LanguageModelLoss, step, Machine(ranks, engine))
 
 
@@ -87,11 +87,15 @@ def run(who: str, engine: str, rank: int, ranks: int, store: str, size: int) -> 
     return told | {"peak": _status("VmHWM") - after_import}
 
 
-def train(who: str, engine: str, config: Any, before_steps: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+def train(
+    who: str, engine: str, config: Any, before_steps: Callable[[], Any] = lambda: None, checkpointing: bool = False
+) -> dict[str, Any]:
     """In each process of the group. Bytes ``held`` in this one between steps, by kind, and of the ``collectives`` of a step, by
     kind; and the ``losses``."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     model = build(who, config)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     step = split(who, model, engine, ranks)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     before_steps()

@@ -55,8 +55,8 @@ def of_tensor_parallel(model: nn.Module, step: Step, dtype: torch.dtype) -> Coun
     # What a checkpointed layer makes last isn't computed again: nothing of it is kept for the backward pass.
     again = forward - model.config.num_hidden_layers if step.checkpointing else 0
     shared = len({path.rpartition(".")[0] for path, dim in dims.items() if dim == ROWS})
-    if not model.get_input_embeddings().weight.requires_grad:
-        shared -= 1  # nothing below the first layer asks for a gradient
+    if not (step.checkpointing or model.get_input_embeddings().weight.requires_grad):
+        shared -= 1  # nothing below the first layer asks for a gradient; with checkpointing transformers makes its input ask
     factors = sum(p.nbytes for path, dim in dims.items() for p in _whole_factors(model.get_submodule(path), dim))
     activations = step.batch * step.length * model.config.hidden_size * dtype.itemsize
     return Counter({REDUCE: step.grad_accum * ((forward + again + shared) * activations + factors)})
