@@ -184,6 +184,22 @@ def test_tensor_parallel_adalora():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_and_four_processes_are_one(ranks: int):
+    """Every engine but tensor parallelism, in the number of processes that the tests above leave out as well."""
+    results = run(ranks, "replicated", "sharded", "mixed_precision", "offloaded", "allocated")
+    for rank in range(ranks):
+        assert_close(results["replicated"][rank], alone())
+        assert_close(results["offloaded"][rank], alone())
+        sharded = results["sharded"][rank]
+        assert sharded["gathered"] and sharded["copied"]
+        assert_close(sharded["losses"], alone())
+        assert sharded["own"]["parameters"] == (sum(sharded["whole"].values()) - sharded["own"]["buffers"]) / ranks
+        assert results["mixed_precision"][rank]["bytes"] and results["mixed_precision"][rank]["stored"]
+    assert_allocated(results["allocated"], alone(adalora(), steps=4), history_alone())
+
+
+@pytest.mark.full
 def test_more_of_the_same(tmp_path):
     """Constants in fp32, DDP with AdaLoRA, and 8-bit moments through a checkpoint."""
     folder = str(tmp_path / "checkpoint")

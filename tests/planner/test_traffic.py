@@ -33,7 +33,7 @@ def test_what_is_planned_is_what_two_processes_hold_and_send():
 
 @pytest.mark.full
 def test_what_is_planned_is_what_four_processes_hold_and_send():
-    assert_as_planned(4, 2 * SIZE, [*CASES, ("ddp", True), ("fsdp", True)])
+    assert_as_planned(4, 2 * SIZE, [("fsdp", True), ("tp", False)])
 
 
 def test_rings():
