@@ -1,4 +1,4 @@
-"""Pages: every method has one, their examples run on real models and text, records are the recorded ones, links lead somewhere."""
+"""Pages: every method has one, examples run on real models and text, records are the recorded ones, links lead somewhere."""
 
 from __future__ import annotations
 
