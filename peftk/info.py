@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from peftk import replaced
 from peftk.native import native, why_not_native
 from peftk.ops import gpu
+from peftk.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def info() -> Info:
     devices = module.cuda_devices() if module and hasattr(module, "cuda_devices") else []
     why_not_cuda, why_not_triton = gpu.CudaDoor().why_not(), gpu.TritonDoor().why_not()
     return Info(
-        versions={"peftk": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
+        versions={"peftk": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         native=module is not None,
         why_not_native=why_not_native(),
         cpu_tiers=list(module.available_tiers()) if module else [],
@@ -69,10 +69,3 @@ def info() -> Info:
         devices=devices,
         replaced=replaced.listed(),
     )
-
-
-def _own_version() -> str:
-    try:
-        return version("peftk")
-    except PackageNotFoundError:
-        return "(not installed)"
