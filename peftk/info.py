@@ -30,6 +30,7 @@ class Info:
     why_not_triton: str
     devices: list[str] = field(default_factory=list)
     replaced: dict[str, tuple[str, ...]] = field(default_factory=dict)  # functions and kernels of other packages, by package
+    left: dict[str, dict[str, str]] = field(default_factory=dict)  # those that were asked for and stay as they were: why
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items())]
@@ -46,6 +47,8 @@ class Info:
         lines.append(f"triton     {'runs where CUDA kernels do not' if self.triton else 'does not run: ' + self.why_not_triton}")
         for package, names in self.replaced.items():
             lines += [f"in {package} peftk stands in for:", *(f"  {name}" for name in names)]
+        for package, reasons in self.left.items():
+            lines += [f"in {package} stays as it was:", *(f"  {name}: {reason}" for name, reason in reasons.items())]
         return "\n".join(lines)
 
 
@@ -68,4 +71,5 @@ def info() -> Info:
         why_not_triton=why_not_triton,
         devices=devices,
         replaced=replaced.listed(),
+        left=replaced.left(),
     )
