@@ -29,6 +29,7 @@ class Info:
     triton: bool  # whether Triton kernels run
     why_not_triton: str
     devices: list[str] = field(default_factory=list)
+    hooks: dict[str, str] = field(default_factory=dict)  # what happens to packages of which nothing is replaced, and its switch
     replaced: dict[str, tuple[str, ...]] = field(default_factory=dict)  # functions and kernels of other packages, by package
 
     def __str__(self) -> str:
@@ -44,6 +45,7 @@ class Info:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
         lines.append(f"triton     {'runs where CUDA kernels do not' if self.triton else 'does not run: ' + self.why_not_triton}")
+        lines += [f"{package:<10} {text}" for package, text in self.hooks.items()]
         for package, names in self.replaced.items():
             lines += [f"in {package} peftk stands in for:", *(f"  {name}" for name in names)]
         return "\n".join(lines)
@@ -67,6 +69,7 @@ def info() -> Info:
         triton=not why_not_triton,
         why_not_triton=why_not_triton,
         devices=devices,
+        hooks=replaced.hooks(),
         replaced=replaced.listed(),
     )
 
