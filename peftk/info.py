@@ -29,6 +29,7 @@ class Info:
     triton: bool  # whether Triton kernels run
     why_not_triton: str
     devices: list[str] = field(default_factory=list)
+    hooks: dict[str, str] = field(default_factory=dict)  # what happens to packages of which nothing is replaced, and its switch
     replaced: dict[str, tuple[str, ...]] = field(default_factory=dict)  # functions and kernels of other packages, by package
     left: dict[str, dict[str, str]] = field(default_factory=dict)  # those that were asked for and stay as they were: why
 
@@ -45,6 +46,7 @@ class Info:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
         lines.append(f"triton     {'runs where CUDA kernels do not' if self.triton else 'does not run: ' + self.why_not_triton}")
+        lines += [f"{package:<10} {text}" for package, text in self.hooks.items()]
         for package, names in self.replaced.items():
             lines += [f"in {package} peftk stands in for:", *(f"  {name}" for name in names)]
         for package, reasons in self.left.items():
@@ -70,6 +72,7 @@ def info() -> Info:
         triton=not why_not_triton,
         why_not_triton=why_not_triton,
         devices=devices,
+        hooks=replaced.hooks(),
         replaced=replaced.listed(),
         left=replaced.left(),
     )

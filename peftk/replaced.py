@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+_hooks: dict[str, Callable[[], str]] = {}  # by package
 _replacements: dict[str, Replacements] = {}  # by package; those that are in force
 
 
@@ -81,6 +82,16 @@ def over(library: torch.library.Library, op: str, run: Callable[..., Any], key: 
 def held(package: str) -> Replacements | None:
     """What is replaced of a package, if anything is."""
     return _replacements.get(package)
+
+
+def tell(package: str, status: Callable[[], str]) -> None:
+    """``hooks`` has the package from now on, by what ``status()`` says then."""
+    _hooks[package] = status
+
+
+def hooks() -> dict[str, str]:
+    """By package, of those of which nothing is replaced: what peftk does with it, or why it doesn't, and how to change that."""
+    return {package: status() for package, status in _hooks.items()}
 
 
 def listed() -> dict[str, tuple[str, ...]]:
