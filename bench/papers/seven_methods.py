@@ -43,18 +43,33 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     """Of a CSV's rows: a line a method, and where the figures come from. ValueError where there are none."""
     if not rows:
         raise ValueError("rows: expected runs of the methods, got none")
-    first, seeds = rows[0], {row["seed"] for row in rows}
-    lines = [f"| method | trained parameters | s a step | {first['metric']} | steps | rate |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [f"| {' | '.join(header(rows))} |", "|---|--:|--:|--:|--:|--:|", *(f"| {' | '.join(line)} |" for line in cells(rows))]
+    return "\n".join([*lines, "", stamp(rows)])
+
+
+def header(rows: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    """The table's columns."""
+    return "method", "trained parameters", "s a step", rows[0]["metric"], "steps", "rate"
+
+
+def cells(rows: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:
+    """A line a method."""
+    lines = []
     for name in dict.fromkeys(row["line"] for row in rows):
         runs = [row for row in rows if row["line"] == name]
         seconds = statistics.median(float(row["step_ms"]) for row in runs) / 1e3
         score = record.spread([float(row["score"]) for row in runs])
-        cells = (name, f"{int(runs[0]['parameters']):,}", f"{seconds:.3f}", score, runs[0]["steps"], runs[0]["rate"])
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append((name, f"{int(runs[0]['parameters']):,}", f"{seconds:.3f}", score, runs[0]["steps"], runs[0]["rate"]))
+    return lines
+
+
+def stamp(rows: Sequence[dict[str, str]]) -> str:
+    """Where the figures come from."""
+    first, seeds = rows[0], {row["seed"] for row in rows}
     origin = ", ".join(f"{name} {first[name]}" for name in ("peftk", "torch"))
     where = f"{first['machine']}, {first['threads']} threads; {origin}; commit {first['commit']}, {first['date']}"
     spread = f"{len(seeds)} seeds, mean ± standard deviation; the head learns at {first['head_rate']}"
-    return "\n".join([*lines, "", f"Task `{first['task']}` (bench/papers), {spread}. {where}."])
+    return f"Task `{first['task']}` (bench/papers), {spread}. {where}."
 
 
 def write_readme(results: Path = record.RESULTS, readme: Path = ROOT / "README.md") -> None:
