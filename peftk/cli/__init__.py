@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from peftk.cli import finetune, generate, info, memory, merge, quantize
+from peftk.cli import bench, finetune, generate, info, memory, merge, quantize
 from peftk.cli.errors import UserError
 
 __all__ = ["main"]
 
-COMMANDS = (finetune, generate, quantize, merge, memory, info)
+COMMANDS = (finetune, generate, quantize, merge, memory, bench, info)
 USER_ERROR = 2  # argparse's own exit status for a bad flag
 
 
@@ -26,22 +26,28 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+        name, passes_on = module.__name__.rpartition(".")[2], getattr(module, "PASSES_ON", False)
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
             description=module.DESCRIPTION,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            add_help=not passes_on,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run, command=name)
+        command.set_defaults(run=module.run, command=name, **({"rest": []} if passes_on else {}))
     return program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 or what the command returns (peftk memory: 1 where a card is too small), 2
     where the user's input is at fault, 130 after Ctrl-C and 143 after SIGTERM. Errors of the program itself are raised."""
-    arguments = parser().parse_args(argv)
+    program = parser()
+    arguments, rest = program.parse_known_args(argv)
+    if hasattr(arguments, "rest"):
+        arguments.rest = rest
+    elif rest:
+        program.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("peftk").setLevel(logging.INFO)
     try:
