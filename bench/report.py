@@ -82,6 +82,7 @@ def machine_name(cpuinfo: str | None = None, cores: int | None = None) -> str:
 
 def commit_name() -> str:
     """Short, with a + where sources differ from it; why not where there is no git."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
