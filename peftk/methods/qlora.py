@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftk.methods.adapter import Wrapper
 from peftk.methods.attach import attach, check_new_name, find_attached, wrappers
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_init import TAKEN_FROM_W, family
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.qlora_recipe import qlora_recipe
-from peftk.methods.targets import TASK_HEADS, output_heads
+from peftk.methods.targets import TASK_HEADS, output_heads, select_whole, visible_modules
 from peftk.nn import quantizable, quantize_model
 
 
@@ -97,7 +98,8 @@ def _attach_and_quantize(
 def _kept_dense(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     heads = {id(head) for head in output_heads(model)}
     paths = [path for path, module in model.named_modules() if id(module) in heads]
-    return (*paths, *(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type, ()))
+    modules = visible_modules(model, lambda module: isinstance(module, Wrapper))
+    return (*paths, *select_whole(modules, config), *TASK_HEADS.get(config.task_type, ()))
 
 
 def _check_checkpointing(model: nn.Module) -> None:

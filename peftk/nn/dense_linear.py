@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -36,6 +38,26 @@ def add_low_rank(
     return y + functional.linear(s, B.to(s.dtype)) * scale
 
 
+def add_low_rank_rows(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    A: Sequence[torch.Tensor],
+    B: Sequence[torch.Tensor],
+    scale: Sequence[float],
+    index: Sequence[int],
+    z: torch.Tensor | None,
+) -> torch.Tensor:
+    """y (b, ..., n) and beside it each adapter's branch for its own of the b rows, as ``peftk.ops.nf4_lora_linear_rows`` has
+    them."""
+    branch = x if z is None else z
+    for i, (a, b, one) in enumerate(zip(A, B, scale, strict=True)):
+        rows = torch.tensor([row for row, adapter in enumerate(index) if adapter == i], device=x.device)
+        if rows.numel():
+            s = functional.linear(branch[rows], a.to(branch.dtype))
+            y = y.index_add(0, rows, (functional.linear(s, b.to(s.dtype)) * one).to(y.dtype))
+    return y
+
+
 class Dense:
     """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k); of a layer that
     is split among processes (nn/tensor_parallel.py) this one's part."""
@@ -68,6 +90,18 @@ class Dense:
         if has_kernel(x, self._own(self.weight)):
             return lora_linear(x, self._rows(), A, B, scale, self._own(self.bias) if with_bias else None, z, dropout, seed)
         return add_low_rank(self.forward(x) if with_bias else self.product(x), x, A, B, scale, z, dropout, seed)
+
+    def forward_low_rank_rows(
+        self,
+        x: torch.Tensor,
+        A: Sequence[torch.Tensor],
+        B: Sequence[torch.Tensor],
+        scale: Sequence[float],
+        index: Sequence[int],
+        z: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward(x), and for row i of the batch the branch of adapter index[i]; -1: none."""
+        return add_low_rank_rows(self.forward(x), x, A, B, scale, index, z)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, (..., k) -> (..., n), without the bias."""

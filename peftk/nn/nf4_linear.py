@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import nn
 
 from peftk.format.nf4 import NF4Weight
 from peftk.nn import sharded_state
-from peftk.nn.dense_linear import add_low_rank, is_conv1d
+from peftk.nn.dense_linear import add_low_rank, add_low_rank_rows, is_conv1d
 from peftk.nn.int8_activations import wants_int8
-from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, quantize_nf4
+from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, nf4_lora_linear_rows, quantize_nf4
+from peftk.ops.nf4_lora_linear_rows import has_kernel
 from peftk.shards import check_whole, factor, part, whole
 
 BEFORE = "change weights before they are split"
@@ -194,6 +195,27 @@ class NF4Linear(nn.Linear):
             y = add_low_rank(nf4_linear_int8(h, self._own_w4(), bias), h, A, B, scale, z, dropout, seed)
         else:
             y = nf4_lora_linear(h, self._own_w4(), A, B, scale, bias, z, dropout, seed)
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
+    def forward_low_rank_rows(
+        self,
+        x: torch.Tensor,
+        A: Sequence[torch.Tensor],
+        B: Sequence[torch.Tensor],
+        scale: Sequence[float],
+        index: Sequence[int],
+        z: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward(x), and for row i of the batch the branch of adapter index[i], -1 for none, in one op:
+        ``peftk.ops.nf4_lora_linear_rows``. By parts with 8-bit activations, and where the op has no kernel."""
+        h, z = self._in_compute_dtype(x), z if z is None else self._in_compute_dtype(z)
+        bias = self._own_bias()
+        if wants_int8(self, x, *A, *B, z, bias):
+            y = add_low_rank_rows(nf4_linear_int8(h, self._own_w4(), bias), h, A, B, scale, index, z)
+        elif has_kernel(h):
+            y = nf4_lora_linear_rows(h, self._own_w4(), A, B, scale, index, bias, z)
+        else:
+            y = add_low_rank_rows(nf4_linear(h, self._own_w4(), bias), h, A, B, scale, index, z)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

@@ -52,12 +52,14 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it runs. ``budget``: bytes of paged states that stay resident, None for what a step needs of them."""
+    """Where it runs. ``budget``: bytes of paged states that stay resident, None for what a step needs of them;
+    ``keeps_freed``: on a CPU, whether malloc keeps freed memory, as `peftk finetune` sets it."""
 
     gpus: int = 1
     sharding: str = "ddp"  # of SHARDINGS; nothing is cut on one GPU
     paged: bool = False
     budget: int | None = None
+    keeps_freed: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -218,7 +220,7 @@ def _on_device(moment: Moment, step: Step, machine: Machine, shards: Shards | No
         here[BUCKETS] = 2 * shards.units.trained
     elif machine.gpus > 1 and machine.sharding == "ddp":
         here[BUCKETS] = parts.get(GRADIENTS, 0)  # DDP's buckets, beside the gradients themselves
-    here |= overheads.of(step, modules, moment.pieces)
+    here |= overheads.of(step, modules, moment, machine.keeps_freed)
     return {kind: n for kind, n in here.items() if n}
 
 
