@@ -1,5 +1,5 @@
-"""A whole checkpoint from bf16 to NF4, folder to folder: ``peftk quantize``, which syncs its files and reads each weight twice, for
-its error, beside transformers with bitsandbytes, load and save, which do neither.
+"""A whole checkpoint from bf16 to NF4, folder to folder: ``peftk quantize``, which syncs its files and reads each weight twice,
+for its error, beside transformers with bitsandbytes, load and save, which do neither.
 """
 
 from __future__ import annotations
