@@ -55,12 +55,8 @@ _CONTROL_TOKEN = 3  # llama.cpp's token_type of special tokens
 
 def open_gguf(path: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a GGUF file; the model has fp32 weights, decoded exactly. UserError where it isn't GGUF."""
-    gguf = require("gguf", "hf")
     transformers = require("transformers", "hf")
-    try:
-        reader = gguf.GGUFReader(path)
-    except ValueError as error:
-        raise UserError(f"--model {path}: not a readable GGUF file ({error})") from error
+    reader = _read(path)
     if is_plain_llama(reader):
         config = transformers.LlamaConfig(**llama_config(reader))
         model = transformers.LlamaForCausalLM.from_pretrained(
@@ -76,6 +72,23 @@ def gguf_tokenizer(path: Path, reader: Any) -> Any:
     if _value(reader, "tokenizer.ggml.pre") == _SMOLLM_PRE_TOKENIZER:
         return smollm_tokenizer(reader)
     return require("transformers", "hf").AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def gguf_config(path: Path) -> Any:
+    """transformers' config of a GGUF file; no weights are decoded. UserError where it isn't GGUF."""
+    transformers = require("transformers", "hf")
+    reader = _read(path)
+    if is_plain_llama(reader):
+        return transformers.LlamaConfig(**llama_config(reader))
+    return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _read(path: Path) -> Any:
+    gguf = require("gguf", "hf")
+    try:
+        return gguf.GGUFReader(path)
+    except ValueError as error:
+        raise UserError(f"--model {path}: not a readable GGUF file ({error})") from error
 
 
 def is_plain_llama(reader: Any) -> bool:
