@@ -90,6 +90,10 @@ def check_out(arguments: argparse.Namespace) -> None:
         check_free(arguments.out.resolve(), arguments.resume)
     except ValueError as error:
         raise UserError(f"--out {error}") from error
+    for name in ("report", "plot"):
+        path: Path | None = getattr(arguments, name)
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UserError(f"--{name} {path}: no such folder")
 
 
 def in_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -44,10 +44,13 @@ def ended(pid: int) -> int:
 
 def kill(out: Path, times: int, seed: int, command: list[str]) -> dict:
     """Kills spread over a whole run's time, each followed by another run that goes on; then one that may finish."""
+    assert main(command) == 0  # here, so that the children find all loaded
+    expected = tree(out)
+    clear(out)
     start = time.monotonic()
     assert ended(child(command)) == 0
     whole = time.monotonic() - start
-    expected = tree(out)
+    assert tree(out) == expected
     draw, hits, finished = random.Random(seed), 0, 0
     clear(out)
     for _ in range(times):
@@ -81,13 +84,16 @@ def clear(out: Path) -> None:
     out.rmdir()
 
 
-def peak(warm: list[str], command: list[str]) -> dict:
-    """In this process, after one run of ``warm``, which loads what a command needs beside its weights."""
-    assert main(warm) == 0
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    assert main(command) == 0
-    return {"peak": resident("VmHWM") - before}
+def peaks(commands: list[list[str]]) -> list[int]:
+    """In this process; each measured command after a run of another one, which loads what it needs beside its weights."""
+    found = []
+    for warm, command in zip(commands[::2], commands[1::2], strict=True):
+        assert main(warm) == 0
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+        assert main(command) == 0
+        found.append(resident("VmHWM") - before)
+    return found
 
 
 def resident(field: str) -> int:
@@ -100,6 +106,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "kill":
         told = kill(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[at + 1 :])
     else:
-        second = sys.argv.index("--", at + 1)
-        told = peak(sys.argv[at + 1 : second], sys.argv[second + 1 :])
+        text = "\n".join(sys.argv[at + 1 :])
+        told = peaks([command.split("\n") for command in text.split("\n--\n")])
     print(json.dumps(told))
