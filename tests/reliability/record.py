@@ -1,4 +1,7 @@
-"""long_runs.csv: the last result of each long check, with its machine and commit."""
+"""long_runs.csv: the last result of each long check, with its machine and commit; README's table of them.
+
+    python -m tests.reliability.record        writes README's table again
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import datetime
 import io
 from pathlib import Path
 
-from bench.report import commit_name, machine_name
+from bench.report import commit_name, machine_name, rewrite_between
 from peftk.atomic import write_file
 
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = "<!-- reliability:begin -->", "<!-- reliability:end -->"
 RESULTS = Path(__file__).with_name("long_runs.csv")
 COLUMNS = ("check", "what", "result", "held", "minutes", "date", "commit", "machine")
 
@@ -26,6 +31,7 @@ def record(check: str, what: str, result: str, held: bool, seconds: float) -> No
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: (row["check"], row["what"])))
     write_file(RESULTS, text.getvalue().encode())
+    rewrite_between(README, BEGIN, END, table())
     print(f"{check}, {what}: {result}: {'held' if held else 'NOT held'}")
 
 
@@ -35,3 +41,16 @@ def read() -> list[dict[str, str]]:
         return []
     with RESULTS.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def table() -> str:
+    """The rows as README shows them."""
+    lines = ["| check | what | result | held | minutes | when and where |", "|---|---|---|---|--:|---|"]
+    for row in read():
+        where = f"{row['date']}, {row['commit']}, {row['machine']}"
+        lines.append(f"| {row['check']} | {row['what']} | {row['result']} | {row['held']} | {row['minutes']} | {where} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    rewrite_between(README, BEGIN, END, table())
