@@ -1,6 +1,6 @@
 """long_runs.csv: the last result of each long check, with its machine and commit; README's table of them.
 
-    python -m tests.reliability.record        writes README's table again
+python -m tests.reliability.record        writes README's table again
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+import peftk
 
 pytest.importorskip("transformers")
 
@@ -14,8 +17,10 @@ def test_killed_at_random(name):
     kills.kill_often(name, 2, seed=1)
 
 
-def test_a_broken_state_is_told(tmp_path):
-    (tmp_path / "checkpoints" / "step-000003").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step-000003" / "training.pt").write_bytes(b"half")
-    with pytest.raises(Exception, match="training.pt|pickle|corrupt|magic|Weights only"):
-        kills.check_finetune(tmp_path)
+def test_a_mixture_is_told(tmp_path):
+    """A folder whose tensors are of two rounds."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    peftk.attach(model, peftk.LoraConfig(r=8, target_modules=["0", "1"]))
+    peftk.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(kills.Broken, match="of several rounds"):
+        kills.check_save(tmp_path / "adapter")
