@@ -90,7 +90,7 @@ def test_without_the_native_module(monkeypatch):
 @pytest.mark.parametrize(
     ("functions", "reason"),
     [
-        ({"version": 1}, "this build found no nvcc"),
+        ({"version": 1}, "this build found no nvcc: install peftk again with nvcc on the PATH"),
         (
             {"cuda_devices": lambda: [], "cuda_status": lambda: "no CUDA-capable device is detected"},
             "no CUDA-capable device is detected",
@@ -130,11 +130,3 @@ def test_the_hook_into_hf_peft(monkeypatch):
 
     monkeypatch.setattr(hook, "version", missing)
     assert peftk.info().hooks["peft"] == "not installed"
-
-
-def test_a_source_tree_that_is_not_installed(monkeypatch):
-    def missing(name):
-        raise module.PackageNotFoundError(name)
-
-    monkeypatch.setattr(module, "version", missing)
-    assert peftk.info().versions["peftk"] == "(not installed)" and "peftk (not installed)" in str(peftk.info())

@@ -6,8 +6,10 @@ Norms, embeddings and head keep their dtype. qlora_recipe.py has the paper's set
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from peftk.methods.adapter import Wrapper
@@ -49,10 +51,32 @@ def qlora(
         _attach_and_quantize(model, config, adapter_name, kept, block_size, double_quant)
     quantize_model(model, kept, block_size, double_quant, progress)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        _enable_checkpointing(model)
     state = find_attached(model)
     return model if state is not None and adapter_name in state.configs else attach(model, config, adapter_name)
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """By the model's own methods. The hooks with which they make inputs ask for gradients are kept out of whole graphs, which
+    refuse them ("returning intermediate with requires_grad_()") and checkpoint without."""
+    before = {id(hook) for module in model.modules() for hook in module._forward_hooks.values()}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not _new_hooks(model, before):  # transformers adds them by itself where it knows of an adapter
+        model.enable_input_require_grads()
+    for hooks, key in _new_hooks(model, before):
+        hooks[key] = _outside_of_graphs(hooks[key])
+
+
+def _new_hooks(model: nn.Module, before: set[int]) -> list[tuple[dict[int, Any], int]]:
+    tables = [module._forward_hooks for module in model.modules()]
+    return [(hooks, key) for hooks in tables for key, hook in hooks.items() if id(hook) not in before]
+
+
+def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        return None if torch.compiler.is_compiling() else hook(*arguments)
+
+    return called
 
 
 def _attach_and_quantize(

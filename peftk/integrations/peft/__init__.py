@@ -10,7 +10,8 @@ inject_adapter_in_model, transformers' add_adapter.
 
 - LoRA, rsLoRA, AdaLoRA, DoRA: one active adapter runs in ``peftk.ops.nf4_lora_linear``, forward and backward, dropout inside.
   With 16-bit x it rounds A, B and x A^T to x.dtype and sums in fp32, where HF peft computes the branch in fp32.
-- Several active adapters, ``adapter_names=``, lora_bias, hooks on parts of the layer, other variants: HF peft's own code around
+- ``adapter_names=``, LoRA without dropout: all rows in one ``peftk.ops.nf4_lora_linear_rows`` on a CPU.
+- Several active adapters, lora_bias, hooks on parts of the layer, other variants: HF peft's own code around
   the 4-bit product.
 - Merging, of every tuner: all adapters in fp32 from the original weight, then one quantisation; unmerging puts the bytes back.
   What is smaller than a code's step is lost in it, as after a few steps of training almost everything is.
