@@ -85,6 +85,24 @@ class TimeGoal:
         return Verdict(str(self), f"{p50 * 1e6:.1f} us", p50 <= self.seconds)
 
 
+@dataclass(frozen=True)
+class MemoryGoal:
+    """At most this share of the bytes that the candidate ``who`` takes."""
+
+    who: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"<= {self.share:g}x the memory of {self.who}"
+
+    def judge(self, ours: str, memory: Mapping[str, int]) -> Verdict:
+        """``memory``: bytes by candidate."""
+        if self.who not in memory:
+            return Verdict(str(self))
+        share = memory[ours] / memory[self.who]
+        return Verdict(str(self), f"{share:.2f}x", share <= self.share)
+
+
 AnyGoal = Goal | ShareGoal | TimeGoal
 
 

@@ -140,6 +140,11 @@ def hf(model: nn.Module, config) -> nn.Module:
         return peft.get_peft_model(copy.deepcopy(model), config)
 
 
+def is_4() -> bool:
+    """Whether transformers is of version 4."""
+    return pytest.importorskip("transformers").__version__.startswith("4.")
+
+
 def skip_where_peer_loses_the_cache() -> None:
     """HF peft 0.21.2 knows the cache as past_key_values only: where transformers calls it otherwise (from 5.24), its prefixes on
     encoders are refused and its ``generate`` goes on without the prompt."""

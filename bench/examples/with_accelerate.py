@@ -1,4 +1,5 @@
-"""QLoRA on accelerate's FSDP2: accelerate launch --num_processes 2 bench/examples/with_accelerate.py FOLDER TEXT OUT [STEPS]"""
+"""QLoRA on accelerate's FSDP2: accelerate launch --num_processes 2 bench/examples/with_accelerate.py FOLDER TEXT OUT [STEPS]
+Without GPUs accelerate replicates instead: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."""
 
 import sys
 

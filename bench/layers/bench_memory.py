@@ -79,14 +79,25 @@ def peak_beyond_results(run: Run) -> int:
     """Bytes by which the resident memory rises while ``run``, called for the second time, makes its tuple of tensors, less
     their own."""
     run()
+    before = given_back()
+    results = run()
+    return high_water() - before - sum(result.nbytes for result in results)
+
+
+def given_back() -> int:
+    """Bytes of resident memory after what is free went back to the system; the high-water mark is set back to them."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc
         trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    results = run()
-    return _status("VmHWM") - before - sum(result.nbytes for result in results)
+    return before
+
+
+def high_water() -> int:
+    """Bytes, the most that were resident since."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftk.methods.prompts import CACHE_NAMES, as_keywords, is_encoder_decoder, is_position_table, parameters_of
+from peftk.methods.prompts import CACHE_NAMES, as_keywords, encoder_of, is_encoder_decoder, is_position_table, parameters_of
 
 # Of the only stack, or the decoder, to itself; of the encoder to itself; of the decoder to the encoder.
 SELF, ENCODER, CROSS = "self", "encoder", "cross"
@@ -50,7 +50,7 @@ class Attention:
 
 def find_attentions(model: nn.Module) -> list[Attention]:
     """In the model's order. ValueError where there is none, or none that is known."""
-    encoder = set(model.get_encoder().modules()) if is_encoder_decoder(model) else set()
+    encoder = set(encoder_of(model).modules()) if is_encoder_decoder(model) else set()
     found = [_facts(path, module, module in encoder) for path, module in model.named_modules()]
     found = [facts for facts in found if facts is not None]
     if not any(facts.kind == SELF for facts in found):
@@ -96,7 +96,7 @@ def _width(module: nn.Module, head_dim: int | None) -> int | None:
 def find_positions(model: nn.Module, attentions: list[Attention]) -> list[nn.Module]:
     """The modules that make positional embeddings of the stack with SELF attention; none where attention itself counts the keys
     (T5). ValueError where attention takes position ids, and what makes use of them isn't known."""
-    encoder = set(model.get_encoder().modules()) if is_encoder_decoder(model) else set()
+    encoder = set(encoder_of(model).modules()) if is_encoder_decoder(model) else set()
     found = []
     for path, module in model.named_modules():
         is_rotary = type(module).__name__.endswith("RotaryEmbedding") and "position_ids" in parameters_of(module)
@@ -133,8 +133,13 @@ class PrefixCache:
 
     shifted = 0  # by how much the module's cache_position is further on than the real cache's
 
+    reads = True  # False: cross attention without a cache; Whisper of transformers 4 asks whether there are keys to read
+
     def __init__(self, real: Any, keys: torch.Tensor, values: torch.Tensor):
         self._real, self._keys, self._values = real, keys, values
+
+    def __bool__(self) -> bool:
+        return self.reads
 
     @property
     def __class__(self) -> type:

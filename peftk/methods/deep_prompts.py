@@ -7,6 +7,7 @@ caches, beams and gradient checkpointing are as without; a checkpointed layer ma
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from peftk.methods.adapter import Beside
-from peftk.methods.attention import PrefixCache, find_attentions, find_positions, shifted, widened_mask
+from peftk.methods.attention import CROSS, PrefixCache, find_attentions, find_positions, shifted, widened_mask
 from peftk.methods.layout import positions
 from peftk.methods.prompts import as_keywords, cache_of, is_causal, parameters_of
 
@@ -93,8 +94,11 @@ class DeepPrompts(Beside):
         pairs, seen = self._pairs(at, by_row, batch)
         if any(name in self.infix for name in have):
             if first is None:
-                kind = type(module).__name__
-                raise ValueError(f"infix_token_id: expected a model that hands keywords on to its attention, but {kind} got none")
+                kind, versions = type(module).__name__, sys.modules.get(type(module).__module__.partition(".")[0])
+                of = f" of {versions.__name__} {versions.__version__}" if hasattr(versions, "__version__") else ""
+                raise ValueError(
+                    f"infix_token_id: expected a model that hands keywords on to its attention, but {kind}{of} got none"
+                )
             behind = torch.arange(queries, device=first.device) >= first[:, None]
             seen = behind[..., None] if seen is None else behind[..., None] & seen
             seen = seen.expand(batch, queries, pairs.shape[1])
@@ -104,6 +108,7 @@ class DeepPrompts(Beside):
         real = cache_of(kwargs)
         kwargs[attention.mask] = widened_mask(attention, kwargs, keys.shape[2], seen, real)
         kwargs[attention.cache] = PrefixCache(real, keys, values)
+        kwargs[attention.cache].reads = real is not None or attention.kind != CROSS
         if "position_bias" in kwargs and kwargs.get("cache_position") is not None:  # T5 of transformers 4 counts the keys by it
             kwargs["cache_position"] = kwargs["cache_position"] + keys.shape[2]
             kwargs[attention.cache].shifted = keys.shape[2]

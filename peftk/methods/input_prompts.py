@@ -17,6 +17,7 @@ from peftk.methods.layout import NOTHING, Layout, Row, positions, real, virtual
 from peftk.methods.prompts import (
     as_keywords,
     cache_of,
+    encoder_of,
     has_learned_positions,
     is_causal,
     is_encoder_decoder,
@@ -306,7 +307,7 @@ def entry_of(model: nn.Module) -> tuple[nn.Module, nn.Module, str]:
         if not {"input_ids", "inputs_embeds"} & set(parameters_of(model)):
             raise ValueError(f"model: expected one whose forward takes input_ids, got {type(model).__name__}")
         return entry, token_embedding(model), keys
-    encoder = model.get_encoder()
+    encoder = encoder_of(model)
     if "input_ids" in parameters_of(encoder):
         return encoder, token_embedding(encoder), "encoder"
     return model, token_embedding(model.get_decoder()), "decoder"

@@ -240,6 +240,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def encoder_of(model: nn.Module) -> nn.Module:
+    """Of an encoder-decoder model; heads of transformers 4 have no get_encoder of their own. ValueError where nothing has one."""
+    for module in model.modules():
+        if callable(getter := getattr(module, "get_encoder", None)):
+            return getter()
+    raise ValueError(f"model: expected an encoder-decoder model with get_encoder, got {type(model).__name__}")
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether tokens see those before them only: then padding stands on the left, and on the right otherwise."""
     return any(getattr(module, "is_causal", False) is True for module in model.modules())

@@ -13,8 +13,8 @@ import torch
 import peftk
 from peftk.native import native
 
-# m, n, k: work for several threads, and no tensor of 2^15 elements: torch starts threads of its own for those (and for exp, in MKL),
-# and hangs in a fork.
+# m, n, k: work for several threads, and no tensor of 2^15 elements: torch starts threads of its own for those (and for exp, in
+# MKL), and hangs in a fork.
 SIZES = ((3, 96, 130), (65, 160, 192), (200, 130, 150), (1, 128, 250))
 FORKING = """
 import os, signal, sys
