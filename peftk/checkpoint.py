@@ -161,7 +161,7 @@ def _file_key(key: str, prefix: str = PREFIX) -> str:
 
 def _read_config(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a folder with an adapter holds {CONFIG} and {TENSORS}")
+        raise FileNotFoundError(f"{path}: no such file; expected a folder with {CONFIG} and {TENSORS}")
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
@@ -187,7 +187,9 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     if not path.is_file() and old.is_file():
         return old, torch.load(old, map_location="cpu", weights_only=True)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the folder holds {', '.join(sorted(p.name for p in folder.iterdir()))}")
+        raise FileNotFoundError(
+            f"{path}: no such file, expected one of an adapter; there are {', '.join(sorted(p.name for p in folder.iterdir()))}"
+        )
     try:
         return path, load_file(path)
     except SafetensorError as error:

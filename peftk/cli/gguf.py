@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> tuple[nn.Module, Any]:
     try:
         reader = gguf.GGUFReader(path)
     except ValueError as error:
-        raise UserError(f"--model {path}: not a readable GGUF file ({error})") from error
+        raise UserError(f"--model {path}: expected a GGUF file, got one that can't be read ({error})") from error
     if is_plain_llama(reader):
         config = transformers.LlamaConfig(**llama_config(reader))
         model = transformers.LlamaForCausalLM.from_pretrained(

@@ -22,13 +22,13 @@ def open_quantised(path: Path, config: Any) -> nn.Module:
     kind = kind if isinstance(kind, dict) else kind.to_dict()
     if kind.get("quant_method") != "bitsandbytes" or not kind.get("load_in_4bit"):
         raise UserError(
-            f"--model {path}: quantised by {kind.get('quant_method')}; bitsandbytes' 4-bit form and dense weights are read"
+            f"--model {path}: quantised by {kind.get('quant_method')}; expected bitsandbytes' 4-bit form or dense weights"
         )
     state: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         state |= load_file(file)
     if not state:
-        raise UserError(f"--model {path}: the folder has no .safetensors file")
+        raise UserError(f"--model {path}: the folder has no .safetensors file: save the model with safe_serialization=True")
     del config.quantization_config
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -46,13 +46,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: expected a new folder, this one holds something")
     model, tokenizer = open_model(arguments.model)
     if any(isinstance(module, NF4Linear) for module in model.modules()):
-        raise UserError(f"--model {arguments.model}: is in 4 bits already")
+        raise UserError(f"--model {arguments.model}: is in 4 bits already: give the dense model")
     if arguments.dtype != "stored":
         model.to(DTYPES[arguments.dtype])
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     quantise_base(model, progress=True, with_experts=False)
     if not any(isinstance(module, NF4Linear) for module in model.modules()):
-        raise UserError(f"--model {arguments.model}: {type(model).__name__} has no linear layer to quantise")
+        raise UserError(f"--model {arguments.model}: {type(model).__name__} has no linear layer to quantise: give another model")
     with write_folder(out) as folder:
         write_quantised(model, tokenizer, folder)
     print(f"{out}: {readable(before)} -> {readable(peftk.report(model).total.bytes)}")

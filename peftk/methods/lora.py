@@ -155,7 +155,9 @@ class LoraConfig:
         stacked = select_parameters(modules, self.target_parameters or (), self.lora_dropout)
         paths = self.targets(model)
         if both := [path for path in paths if path in stacked]:
-            raise ValueError(f"target_parameters: {both[0]} is adapted whole by target_modules already")
+            raise ValueError(
+                f"target_parameters: {both[0]} is adapted whole by target_modules already: leave it out of one of the two"
+            )
         whole = select_whole(modules, self)
         for path in whole:
             check_can_be_saved_whole(path, modules[path])

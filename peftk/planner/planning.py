@@ -115,7 +115,9 @@ def moments_of(blueprint: Blueprint, loss: Loss, step: Step) -> tuple[list[Momen
     few, more = (blueprint.build(layers) for layers in SAMPLED)
     low, high = run(few, loss, step), run(more, loss, step)
     if [m.phase for m in low] != [m.phase for m in high]:
-        raise RuntimeError(f"layers of {blueprint.config.model_type} are not alike: phases differ with their number")
+        raise RuntimeError(
+            f"layers of {blueprint.config.model_type} are not alike: phases differ with their number; expected layers of one kind"
+        )
 
     def at_depth(a: int, b: int) -> int:
         return a + (b - a) * (depth - SAMPLED[0]) // (SAMPLED[1] - SAMPLED[0])
