@@ -54,13 +54,29 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     """Of a CSV's rows: a line a method, and where the figures come from. ValueError where there are none."""
     if not rows:
         raise ValueError("rows: expected runs of the methods, got none")
-    first, seeds = rows[0], {row["seed"] for row in rows}
-    lines = [f"| method | trained parameters | s a step | {first['metric']} | steps | rate |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [f"| {' | '.join(header(rows))} |", "|---|--:|--:|--:|--:|--:|", *(f"| {' | '.join(line)} |" for line in cells(rows))]
+    return "\n".join([*lines, "", stamp(rows)])
+
+
+def header(rows: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    """The table's columns."""
+    return "method", "trained parameters", "s a step", rows[0]["metric"], "steps", "rate"
+
+
+def cells(rows: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:
+    """A line a method."""
+    lines = []
     for name in dict.fromkeys(row["line"] for row in rows):
         parameters, seconds, score, first_run = _figures(rows, name)
-        lines.append(f"| {' | '.join((name, parameters, seconds, score, first_run['steps'], first_run['rate']))} |")
+        lines.append((name, parameters, seconds, score, first_run["steps"], first_run["rate"]))
+    return lines
+
+
+def stamp(rows: Sequence[dict[str, str]]) -> str:
+    """Where the figures come from."""
+    first, seeds = rows[0], {row["seed"] for row in rows}
     spread = f"{len(seeds)} seeds, mean ± standard deviation; the head learns at {first['head_rate']}"
-    return "\n".join([*lines, "", f"Task `{first['task']}` (bench/papers), {spread}. {_where(first)}."])
+    return f"Task `{first['task']}` (bench/papers), {spread}. {_where(first)}."
 
 
 def page_record(rows: Sequence[dict[str, str]], name: str) -> str:

@@ -11,6 +11,7 @@ from peftk.ops.nf4_dequantize import nf4_dequantize
 from peftk.ops.nf4_linear import nf4_linear
 from peftk.ops.nf4_linear_int8 import nf4_linear_int8
 from peftk.ops.nf4_lora_linear import nf4_lora_linear
+from peftk.ops.nf4_lora_linear_rows import nf4_lora_linear_rows
 from peftk.ops.nf4_quantize import nf4_quantize, quantize_nf4
 from peftk.ops.philox_dropout import philox_dropout
 
@@ -29,6 +30,7 @@ __all__ = [
     "nf4_linear",
     "nf4_linear_int8",
     "nf4_lora_linear",
+    "nf4_lora_linear_rows",
     "nf4_quantize",
     "philox_dropout",
     "quantize_nf4",

@@ -74,6 +74,9 @@ def nf4_lora_linear(x, w4, A, B, scale, bias=None, z=None, dropout=0.0, seed=Non
     list of the same outputs, bit for bit. x is packed once, and dx is one product whose sums run over all of them."""
     if isinstance(w4, (list, tuple)):
         return _many(x, w4, A, B, scale, bias, z, dropout, seed)
+    if z is None and not dropout and not torch.compiler.is_compiling() and type(w4) is NF4Weight:
+        if (y := cpu.run_straight(x, w4, A, B, scale, bias)) is not None:
+            return y
     x, bias = check_linear(x, w4, bias)
     z = z if z is None else autocast_input(z)
     check_low_rank(x, w4.shape, A, B, z, dropout)
