@@ -169,7 +169,7 @@ def read_config(folder: Path) -> Any:
     """The config of the adapter in a folder. FileNotFoundError, or ValueError for what isn't supported, names the file."""
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a folder with an adapter holds {CONFIG} and {TENSORS}")
+        raise FileNotFoundError(f"{path}: no such file; expected a folder with {CONFIG} and {TENSORS}")
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
@@ -188,7 +188,9 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     if not path.is_file() and old.is_file():
         return old, torch.load(old, map_location="cpu", weights_only=True)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the folder holds {', '.join(sorted(p.name for p in folder.iterdir()))}")
+        raise FileNotFoundError(
+            f"{path}: no such file, expected one of an adapter; there are {', '.join(sorted(p.name for p in folder.iterdir()))}"
+        )
     try:
         return path, load_file(path)
     except SafetensorError as error:

@@ -208,3 +208,28 @@ def test_clang_format_is_clean():
     files = [str(p) for p in (ROOT / "csrc").rglob("*") if p.suffix in TEXT]
     done = subprocess.run(["clang-format", "--dry-run", "-Werror", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# What a message says to do: what was expected, what there is, or an imperative. Names of what is passed on from elsewhere.
+REMEDY = re.compile(
+    r"expected|needed|\bneeds?\b|attached are|there are|instead|goes on|is for |works on |pip install|finished files|can be"
+    r"|[;:,] (or )?(use|give|leave|raise|lower|add|cut|set|install|run|make|save|take|put|prepare|attach|detach|shorten)\b"
+    r"|[;:,] (pass|start)\b"
+    r"|; (see|exclude_modules|unmerge|nothing was|or one of)|layers before it have changed|Merge in memory"
+)
+PASSED_ON = {"error", "reason", "reasons", "why", "message", "text", "told"}
+
+
+def test_every_error_says_what_to_do():
+    for path in python_files(PACKAGE):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                continue
+            inside = list(ast.walk(node.exc))
+            names = {n.id for n in inside if isinstance(n, ast.Name)} | {n.attr for n in inside if isinstance(n, ast.Attribute)}
+            said = " ".join(n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str))
+            kind = getattr(node.exc.func, "id", "")
+            internal = kind in ("AssertionError", "AttributeError") or names & {"why_not_native", "strerror"}
+            assert REMEDY.search(said) or names & PASSED_ON or internal, (
+                f"{path}:{node.lineno}: only says what is wrong: {said!r}"
+            )

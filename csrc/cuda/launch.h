@@ -26,9 +26,12 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-inline const char* name_of(const void* kernel) {
+inline const char* name_of([[maybe_unused]] const void* kernel) {
+#if CUDART_VERSION >= 12030
   const char* name = nullptr;
-  return cudaFuncGetName(&name, kernel) == cudaSuccess && name ? name : "a kernel that this driver does not know";
+  if (cudaFuncGetName(&name, kernel) == cudaSuccess && name) return name;
+#endif
+  return "a kernel whose name CUDA does not tell";
 }
 
 // Of the current device.

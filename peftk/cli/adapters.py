@@ -123,10 +123,12 @@ def _p_tuning_v2(arguments: argparse.Namespace, setting: Setting) -> peftk.PTuni
 def _prefix_of(kind: type, arguments: argparse.Namespace, setting: Setting) -> Any:
     _check_init(arguments)
     if arguments.init == "labels":
-        raise UserError(f"--init labels: starts --method prompt, not {arguments.method}")
+        raise UserError(f"--init labels: starts --method prompt, not {arguments.method}: use random, vocab or text")
     ids = _frequent_ids(setting, arguments.num_virtual_tokens) if arguments.init == "vocab" else None
     if arguments.encoder_hidden_size is not None and not arguments.prefix_projection:
-        raise UserError("--encoder-hidden-size: of the MLP that --prefix-projection brings, which is not given")
+        raise UserError(
+            "--encoder-hidden-size: of the MLP that --prefix-projection brings, which is not given: add it, or leave this out"
+        )
     return kind(
         num_virtual_tokens=arguments.num_virtual_tokens,
         prefix_projection=arguments.prefix_projection,
@@ -141,7 +143,7 @@ def _prefix_of(kind: type, arguments: argparse.Namespace, setting: Setting) -> A
 
 def _check_init(arguments: argparse.Namespace) -> None:
     if (arguments.init == "text") != (arguments.init_text is not None):
-        raise UserError("--init text and --init-text go together, got one without the other")
+        raise UserError("--init text and --init-text go together, got one without the other: give both or none")
 
 
 def _frequent_ids(setting: Setting, n: int) -> list[int]:
@@ -158,7 +160,9 @@ _STARTS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT", "labels"
 def _prompt(arguments: argparse.Namespace, setting: Setting) -> peftk.PromptTuningConfig:
     _check_init(arguments)
     if arguments.init == "labels" and setting.labels is None:
-        raise UserError("--init labels: --task has no labels; it is for classification and token-classification")
+        raise UserError(
+            "--init labels: --task has no labels; it is for classification and token-classification: use random, vocab or text"
+        )
     return peftk.PromptTuningConfig(
         num_virtual_tokens=arguments.num_virtual_tokens,
         prompt_tuning_init=_STARTS[arguments.init],
@@ -171,10 +175,10 @@ def _prompt(arguments: argparse.Namespace, setting: Setting) -> peftk.PromptTuni
 
 def _p_tuning(arguments: argparse.Namespace, setting: Setting) -> peftk.PTuningConfig:
     if arguments.encoder == "none" and arguments.encoder_hidden_size is not None:
-        raise UserError("--encoder-hidden-size: --encoder none has no layer")
+        raise UserError("--encoder-hidden-size: --encoder none has no layer: leave it out, or use mlp or lstm")
     template = arguments.template
     if template is not None and setting.task_type == "TOKEN_CLS":
-        raise UserError("--template: --task token-classification has a tag for each word, which a template moves")
+        raise UserError("--template: --task token-classification has a tag for each word, which a template moves: leave it out")
     return peftk.PTuningConfig(
         num_virtual_tokens=arguments.num_virtual_tokens or (_LENGTH if template is None else None),  # a template counts by itself
         template=template,
@@ -236,7 +240,7 @@ def settle(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, getattr(arguments, name, method.flags[name]))
     arguments.base = getattr(arguments, "base", method.bases[0])
     if arguments.base not in method.bases:
-        raise UserError(f"--base {arguments.base}: --method {arguments.method} is on {' or '.join(method.bases)}")
+        raise UserError(f"--base {arguments.base}: --method {arguments.method} is on {' or '.join(method.bases)}: use that")
     if getattr(arguments, "lr", 0.0) is None:
         arguments.lr = method.lr
 

@@ -15,18 +15,18 @@ def read_wave(path: Path, rate: int, longest: float, where: str) -> torch.Tensor
     """(samples,) fp32 in [-1, 1] at ``rate`` Hz, from PCM of 8, 16, 24 or 32 bits. UserError, after ``where``, for anything else,
     for silence of no length, and for more than ``longest`` seconds."""
     if not path.is_file():
-        raise UserError(f"{where}: {path}: no such file")
+        raise UserError(f"{where}: {path}: no such file; expected a wave file")
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, found = file.getnchannels(), file.getsampwidth(), file.getframerate()
             content = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
-        raise UserError(f"{where}: {path}: not a PCM wave file ({error or 'it ends too soon'})") from error
+        raise UserError(f"{where}: {path}: expected a PCM wave file ({error or 'it ends too soon'})") from error
     samples = _pcm(content, width).reshape(-1, channels).mean(1)
     if not len(samples):
-        raise UserError(f"{where}: {path}: holds no samples")
+        raise UserError(f"{where}: {path}: holds no samples; expected a recording")
     if len(samples) > longest * found:
-        raise UserError(f"{where}: {path}: {len(samples) / found:.1f} seconds; the model hears at most {longest:g}")
+        raise UserError(f"{where}: {path}: {len(samples) / found:.1f} seconds; the model hears at most {longest:g}: cut it")
     return resampled(torch.from_numpy(samples), found, rate)
 
 

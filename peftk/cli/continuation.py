@@ -29,7 +29,7 @@ def answer(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace) -> s
     """The prompt and its continuation; with --chat what the model answers alone."""
     if arguments.chat:
         if tokenizer.chat_template is None:
-            raise UserError("--chat: the model's tokenizer has no chat template")
+            raise UserError("--chat: the model's tokenizer has no chat template: leave --chat out")
         turns = [{"role": "user", "content": arguments.prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)

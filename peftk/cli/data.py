@@ -73,11 +73,11 @@ def _records(path: Path, tokenizer: Any) -> list[Document]:
 def _completion(record: dict[str, Any], tokenizer: Any, where: str) -> Document:
     for key in ("prompt", "completion"):
         if key not in record:
-            raise UserError(f"{where}: missing key {key!r}")
+            raise UserError(f"{where}: missing key {key!r}, expected one")
         if not isinstance(record[key], str):
             raise UserError(f"{where}: {key!r}: expected text, got {type(record[key]).__name__}")
     if not record["completion"]:
-        raise UserError(f"{where}: 'completion' is empty")
+        raise UserError(f"{where}: 'completion' is empty, expected what the model is to answer")
     prompt = _start(tokenizer) + _encode(tokenizer, record["prompt"])
     completion = _encode(tokenizer, record["completion"]) + [tokenizer.eos_token_id]
     return Document(prompt + completion, [IGNORED] * len(prompt) + completion, is_record=True)
@@ -96,7 +96,9 @@ def _conversation(messages: Any, tokenizer: Any, where: str) -> Document:
         if any(begin <= start and stop <= end and start < stop for begin, end in spans):
             labels[i] = encoded.input_ids[i]
     if all(label == IGNORED for label in labels):
-        raise UserError(f"{where}: no token of the assistant's turns is left to learn from")
+        raise UserError(
+            f"{where}: no token of the assistant's turns is left to learn from: raise --seq-len, or shorten what comes before"
+        )
     return Document(encoded.input_ids, labels, is_record=True)
 
 
@@ -108,11 +110,11 @@ def _check_messages(messages: Any, where: str) -> None:
             raise UserError(f"{where}: messages[{i}]: expected an object, got {type(message).__name__}")
         for key in ("role", "content"):
             if key not in message:
-                raise UserError(f"{where}: messages[{i}]: missing key {key!r}")
+                raise UserError(f"{where}: messages[{i}]: missing key {key!r}, expected one")
             if not isinstance(message[key], str):
                 raise UserError(f"{where}: messages[{i}].{key}: expected text, got {type(message[key]).__name__}")
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: 'messages' has no turn with role 'assistant'")
+        raise UserError(f"{where}: 'messages' has no turn with role 'assistant', expected one to learn from")
 
 
 def assistant_spans(messages: list[dict[str, str]], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
@@ -128,7 +130,7 @@ def assistant_spans(messages: list[dict[str, str]], tokenizer: Any, where: str) 
         if before is None or not (after.startswith(before) and whole.startswith(after)):
             raise UserError(
                 f"{where}: messages[{i}]: the chat template renders this turn otherwise inside the conversation than at its"
-                " end, so the assistant's words can't be told from the rest"
+                " end, so the assistant's words can't be told from the rest: use prompt and completion"
             )
         end = len(after)
         trimmed = len(after.rstrip())

@@ -78,7 +78,7 @@ def split_records(records: Sequence[Any], eval_fraction: float, seed: int) -> tu
 def check_targets(train: Examples, held_out: Examples, length: int, eval_fraction: float) -> None:
     """UserError where nothing is left to learn from, or to measure on."""
     if not train.targets:
-        raise UserError(f"--data: no label to learn from within --seq-len {length}")
+        raise UserError(f"--data: no label to learn from within --seq-len {length}: raise it, or shorten the inputs")
     if eval_fraction and not held_out.targets:
         raise UserError(f"--eval-fraction {eval_fraction}: holds out no label to measure on; give more data, or 0")
 

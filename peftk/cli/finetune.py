@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     task = TASKS[arguments.task]
     for path in arguments.data:
         if not path.is_file():
-            raise UserError(f"--data {path}: no such file")
+            raise UserError(f"--data {path}: no such file; expected text or JSONL")
     output.check_folder(out, arguments.resume, arguments.overwrite)
     before = output.read_run(out) if arguments.resume else None
     if before is not None and "summary" in before:
@@ -201,7 +201,7 @@ def _check_length(arguments: argparse.Namespace, opened: Opened, added: int = 0)
     longest = max_positions(opened.model)
     if longest is not None and arguments.seq_len + added > longest:
         taken = f", these and the {added} virtual ones of --method {arguments.method}" if added else ""
-        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens{taken}")
+        raise UserError(f"--seq-len {arguments.seq_len}: the model takes at most {longest} tokens{taken}: lower it")
 
 
 def _plan(arguments: argparse.Namespace, sequences: int) -> Plan:
@@ -209,7 +209,7 @@ def _plan(arguments: argparse.Namespace, sequences: int) -> Plan:
     steps = arguments.steps or max(1, -(-int(arguments.epochs * sequences) // per_step))
     warmup = arguments.warmup * steps if arguments.warmup < 1 else arguments.warmup
     if warmup > steps:
-        raise UserError(f"--warmup {arguments.warmup:g}: longer than the run, which has {steps} steps")
+        raise UserError(f"--warmup {arguments.warmup:g}: longer than the run, which has {steps} steps: lower it, or train longer")
     return Plan(
         steps=steps,
         batch_size=arguments.batch_size,

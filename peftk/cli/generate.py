@@ -76,11 +76,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_input(arguments: argparse.Namespace, task: str) -> None:
     """What a task can't take is refused, not ignored."""
     if arguments.audio is not None and task != "seq2seq":
-        raise UserError(f"--audio: is for --task seq2seq, not {task}")
+        raise UserError(f"--audio: is for --task seq2seq, not {task}: leave it out")
     if arguments.pair is not None and task != "classification":
-        raise UserError(f"--pair: is for --task classification, not {task}")
+        raise UserError(f"--pair: is for --task classification, not {task}: leave it out")
     if arguments.chat and task != "causal-lm":
-        raise UserError(f"--chat: is for --task causal-lm, not {task}")
+        raise UserError(f"--chat: is for --task causal-lm, not {task}: leave it out")
     if (arguments.prompt is None) == (arguments.audio is None):
         raise UserError("--prompt or --audio is needed, and not both")
     if arguments.prompt is not None and not arguments.prompt.strip():
@@ -105,8 +105,10 @@ def _adapter_run(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     if not folder.is_dir():
-        raise UserError(f"--adapter {folder}: no such folder")
+        raise UserError(f"--adapter {folder}: no such folder; expected --out of peftk finetune")
     if not (folder / output.ADAPTER_FILES[0]).is_file():
         unfinished = " (its run is not finished: peftk finetune --resume)" if (folder / output.SETTINGS).is_file() else ""
-        raise UserError(f"--adapter {folder}: holds no {output.ADAPTER_FILES[0]}{unfinished}")
+        raise UserError(
+            f"--adapter {folder}: holds no {output.ADAPTER_FILES[0]}{unfinished}; expected the folder of a finished run"
+        )
     return output.read_run(folder) or {}

@@ -88,7 +88,7 @@ def _read(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except ValueError as error:
-        raise UserError(f"--model {path}: not a readable GGUF file ({error})") from error
+        raise UserError(f"--model {path}: expected a GGUF file, got one that can't be read ({error})") from error
 
 
 def is_plain_llama(reader: Any) -> bool:

@@ -111,7 +111,7 @@ def choice_of(arguments: argparse.Namespace) -> planner.Choice:
     if arguments.method == FULL:
         given = [name for name in (*ADAPTER_FLAGS, "base") if name in vars(arguments)]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')}: --method full has no adapter and a dense base")
+            raise UserError(f"--{given[0].replace('_', '-')}: --method full has no adapter and a dense base: leave it out")
         base, rank = "dense", None
     else:
         adapters.settle(arguments)

@@ -40,16 +40,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Merge and write the folder whole."""
     whole.check_out(arguments)
     if not arguments.adapter.is_dir():
-        raise UserError(f"--adapter {arguments.adapter}: no such folder")
+        raise UserError(f"--adapter {arguments.adapter}: no such folder; expected one with an adapter")
     stored = open_stored(arguments.model)
     kind = stored.config.get("quantization_config") or {}
     if kind and not (kind.get("quant_method") == "bitsandbytes" and kind.get("load_in_4bit")):
         raise UserError(
-            f"--model {arguments.model}: quantised by {kind.get('quant_method')}; what is merged is dense or bitsandbytes' NF4"
+            f"--model {arguments.model}: quantised by {kind.get('quant_method')}; expected a dense model or bitsandbytes' NF4"
         )
     to_dense = arguments.to in FORMS
     if (to_dense or kind or arguments.to == "same") and (arguments.block_size or arguments.no_double_quant or arguments.skip):
-        raise UserError("--block-size, --no-double-quant, --skip: are for --to nf4 of a dense base")
+        raise UserError("--block-size, --no-double-quant, --skip: are for --to nf4 of a dense base: leave them out")
     try:
         model = stored.skeleton()
         groups = read(stored.source, Names.of(model))
@@ -72,7 +72,7 @@ def _planned(
     stored = {entry.key for group in groups for entry in group}
     of_4bit = {entry.nf4.facts.quant_type for group in groups for entry in group if entry.nf4 is not None}
     if arguments.to == "nf4" and of_4bit - {"nf4"}:
-        raise ValueError(f"--to nf4: the base is in {', '.join(sorted(of_4bit))}; --to same keeps it so")
+        raise ValueError(f"--to nf4: the base is in {', '.join(sorted(of_4bit))}; use --to same")
     quantise = layers_to_quantise(model, arguments.skip, stored) if arguments.to == "nf4" and not is_4bit else []
     layers, shared = linears(model), tied(model)
     vocabulary = _vocabulary(model)

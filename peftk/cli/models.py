@@ -63,7 +63,7 @@ def open_for(task_type: str, name: str, labels: Sequence[str] | None = None) -> 
     elif path.is_file():
         opened = _with_head(*open_gguf(path), name, task_type, labels)
     else:
-        raise UserError(f"--model {name}: no such folder or file, and not the name {' or '.join(map(repr, NAMED))}")
+        raise UserError(f"--model {name}: no such folder or file; expected one, or the name {' or '.join(map(repr, NAMED))}")
     _check_tokenizer(opened, name, task_type)
     return Opened(opened.model.eval(), opened.tokenizer, opened.new)
 
@@ -72,17 +72,21 @@ def _check_tokenizer(opened: Opened, name: str, task_type: str) -> None:
     """It has no token beyond the model's, and the ones that the task needs."""
     rows, tokenizer = opened.model.get_input_embeddings().weight.shape[0], opened.tokenizer
     if len(tokenizer) > rows:
-        raise UserError(f"--model {name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}")
+        raise UserError(
+            f"--model {name}: expected a tokenizer for the model's embedding of {rows}, got one of {len(tokenizer)} tokens"
+        )
     if task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: the tokenizer names no end-of-text token (eos_token)")
+        raise UserError(f"--model {name}: the tokenizer names no end-of-text token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: the tokenizer names neither a padding nor an end-of-text token")
+        raise UserError(
+            f"--model {name}: the tokenizer names no padding and no end-of-text token: set one in tokenizer_config.json"
+        )
 
 
 def _open_folder(path: Path, task_type: str, labels: Sequence[str] | None) -> Opened:
     transformers = require("transformers", "hf")
     if not (path / "config.json").is_file():
-        raise UserError(f"--model {path}: the folder has no config.json")
+        raise UserError(f"--model {path}: the folder has no config.json, expected what save_pretrained writes")
     try:
         if is_whisper_ct2(path):
             return _with_head(*open_whisper(path), str(path), task_type, labels)
@@ -132,7 +136,9 @@ def _with_head(model: nn.Module, tokenizer: Any, name: str, task_type: str, labe
     if task_type == own:
         return Opened(model, tokenizer)
     if labels is None or own != "CAUSAL_LM":
-        raise UserError(f"--model {name}: a {type(model).__name__} is not for --task {_SAID[task_type]}")
+        raise UserError(
+            f"--model {name}: a {type(model).__name__} is not for --task {_SAID[task_type]}: give another model or task"
+        )
     config = copy.deepcopy(model.config)
     _name_classes(config, tokenizer, labels)
     config.dtype = model.dtype
@@ -161,7 +167,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device {name}: expected auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device")
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device: use cpu or auto")
     return device
 
 

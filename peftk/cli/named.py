@@ -36,5 +36,5 @@ def path_of(name: str) -> Path:
     folder = Path(spec.submodule_search_locations[0])
     found = sorted(folder.glob(named.holds))
     if not found:
-        raise UserError(f"--model {name}: {folder} holds no {named.holds}")
+        raise UserError(f"--model {name}: {folder} holds no {named.holds}: install {named.requirement} again")
     return found[0]

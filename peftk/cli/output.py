@@ -39,15 +39,17 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Make sure that a run may write here: the folder is new or empty, holds a run to resume, or may be overwritten. Changes
     nothing. UserError says which flag would help."""
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
+        raise UserError("--resume and --overwrite exclude each other: give one")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: exists and is not a folder")
+        raise UserError(f"--out {folder}: exists and is not a folder: give another name")
     if not folder.is_dir() or not any(folder.iterdir()) or overwrite:
         return
     if not resume:
         raise UserError(f"--out {folder}: the folder is not empty; --resume goes on with its run, --overwrite starts anew")
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"--resume: {folder} holds no {SETTINGS}, so it is not the folder of a run")
+        raise UserError(
+            f"--resume: {folder} holds no {SETTINGS}, so it is not the folder of a run: give --out of the run that was stopped"
+        )
 
 
 @contextlib.contextmanager
@@ -57,7 +59,7 @@ def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: can't be made ({error.strerror})") from error
+        raise UserError(f"--out {folder}: can't be made ({error.strerror}): give another folder") from error
     with _only_run(folder):
         if overwrite:
             for name in (CHECKPOINTS, _UNPUBLISHED):
@@ -111,7 +113,7 @@ def check_same_settings(before: dict[str, Any], now: dict[str, Any], folder: Pat
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         told = "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, now {now.get(name)}" for name in changed)
-        raise UserError(f"--resume: the run in {folder} had other settings: {told}")
+        raise UserError(f"--resume: the run in {folder} had other settings: {told}: give the same, or another --out")
 
 
 class LossFile:

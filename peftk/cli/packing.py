@@ -54,10 +54,12 @@ def split_and_pack(
     train, held_out = split(documents, eval_fraction, seed)
     tokens = sum(len(document.input_ids) for document in train)
     if tokens < length and not any(document.is_record for document in train):
-        raise UserError(f"--data: {tokens} tokens to train on do not fill one sequence of --seq-len {length}")
+        raise UserError(
+            f"--data: {tokens} tokens to train on do not fill one sequence of --seq-len {length}: lower it, or give more text"
+        )
     packed_train, packed_held_out = pack(train, length, pad), pack(held_out, length, pad)
     if not packed_train.targets:
-        raise UserError(f"--data: no token to learn from within --seq-len {length}")
+        raise UserError(f"--data: no token to learn from within --seq-len {length}: raise it")
     if eval_fraction and not packed_held_out.targets:
         raise UserError(f"--eval-fraction {eval_fraction}: holds out no token to measure on; give more data, or 0")
     return packed_train, packed_held_out

@@ -19,10 +19,10 @@ def open_quantised(path: Path, config: Any) -> nn.Module:
     kind = kind if isinstance(kind, dict) else kind.to_dict()
     if kind.get("quant_method") != "bitsandbytes" or not kind.get("load_in_4bit"):
         raise UserError(
-            f"--model {path}: quantised by {kind.get('quant_method')}; bitsandbytes' 4-bit form and dense weights are read"
+            f"--model {path}: quantised by {kind.get('quant_method')}; expected bitsandbytes' 4-bit form or dense weights"
         )
     if not any(path.glob("*.safetensors")):
-        raise UserError(f"--model {path}: the folder has no .safetensors file")
+        raise UserError(f"--model {path}: the folder has no .safetensors file: save the model with safe_serialization=True")
     reader = import_module("peftk.integrations.transformers")
     model, told = reader.from_bitsandbytes(
         path, transformers.AutoModelForCausalLM, config=config, dtype="auto", local_files_only=True, output_loading_info=True

@@ -41,7 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
     if stored.config.get("quantization_config"):
         kind = stored.config["quantization_config"].get("quant_method")
         is_4bit = stored.config["quantization_config"].get("load_in_4bit")
-        raise UserError(f"--model {arguments.model}: " + ("is in 4 bits already" if is_4bit else f"is quantised, by {kind}"))
+        raise UserError(
+            f"--model {arguments.model}: "
+            + ("is in 4 bits already" if is_4bit else f"is quantised, by {kind}")
+            + ": give the dense model"
+        )
     double_quant = not arguments.no_double_quant
     try:
         planned, dense, compute = _planned(arguments, stored, double_quant)
@@ -63,7 +67,7 @@ def _planned(arguments: argparse.Namespace, stored: StoredModel, double_quant: b
     by_key = {entry.key: entry for group in groups for entry in group}
     paths = layers_to_quantise(model, arguments.skip, by_key)
     if not paths:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantise")
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise: give another model")
     transposed = [path for path, is_transposed in linears(model).items() if is_transposed]
     dtype: Any = None if arguments.dtype == "stored" else DTYPES[arguments.dtype]
     wanted = Wanted(dtype, set(paths), True, arguments.block_size or 64, double_quant, set(transposed))

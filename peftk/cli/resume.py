@@ -61,7 +61,9 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, schedule: Any = 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle raise whatever the reader stumbles over
-        raise UserError(f"--resume: {path} can't be read ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"--resume: {path} can't be read: start anew with --overwrite ({type(error).__name__}: {error})"
+        ) from error
     optimizer.load_state_dict(state["optimizer"])
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])

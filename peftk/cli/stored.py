@@ -44,12 +44,12 @@ def open_stored(name: str) -> StoredModel:
     transformers.utils.logging.disable_progress_bar()
     path = path_of(name) if name in NAMED else Path(name)
     if not path.exists():
-        raise UserError(f"--model {name}: no such folder or file, and not the name {' or '.join(map(repr, NAMED))}")
+        raise UserError(f"--model {name}: no such folder or file; expected one, or the name {' or '.join(map(repr, NAMED))}")
     try:
         if path.is_file():
             return _gguf(path)
         if not (path / CONFIG).is_file():
-            raise UserError(f"--model {path}: the folder has no {CONFIG}")
+            raise UserError(f"--model {path}: the folder has no {CONFIG}, expected what save_pretrained writes")
         return _in_memory(*open_whisper(path), path / "model.bin") if is_whisper_ct2(path) else _folder(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: {str(error).strip().splitlines()[0]}") from error

@@ -60,9 +60,9 @@ def open_whisper(folder: Path) -> tuple[nn.Module, Any]:
         dtype = weights["model.decoder.embed_tokens.weight"].dtype
         missing, unexpected = model.to(dtype).load_state_dict(weights, strict=False)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"--model {folder / FILE}: no Whisper model ({error})") from error
+        raise UserError(f"--model {folder / FILE}: expected a Whisper model ({error})") from error
     if unexpected or missing != ["proj_out.weight"]:  # tied to the embedding
-        raise UserError(f"--model {folder / FILE}: no Whisper model: lacks {missing}, has {unexpected} beside")
+        raise UserError(f"--model {folder / FILE}: expected a Whisper model; it lacks {missing}, has {unexpected} beside")
     model.tie_weights()
     model.generation_config = _generation(transformers, folder, model, tokenizer)
     return model, tokenizer
@@ -100,7 +100,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             arrays[name] = np.frombuffer(content, dtype, size // dtype.itemsize, at).reshape(shape)
             at += size
     except (struct.error, IndexError, ValueError) as error:
-        raise UserError(f"--model {path}: not a readable CTranslate2 file ({error})") from error
+        raise UserError(f"--model {path}: expected a CTranslate2 file, got one that can't be read ({error})") from error
     return arrays
 
 

@@ -110,7 +110,7 @@ def carry_out(task: Task) -> None:
 
     def finish(folder: Path, errors: list[Error]) -> None:
         if task.facts() != facts:
-            raise ValueError(f"--model {task.arguments.model}: a file has changed while it was read")
+            raise ValueError(f"--model {task.arguments.model}: a file has changed while it was read: start again")
         _finish(task, folder, errors)
 
     job = Job(task.out, shards, facts, finish, task.arguments.resume)

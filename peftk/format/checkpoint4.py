@@ -115,7 +115,7 @@ def _read_facts(text: torch.Tensor, key: str, quant_type: str) -> dict[str, Any]
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError(f"a field twice in {[name for name, _ in pairs]}")
+        raise ValueError(f"expected each field once, got {[name for name, _ in pairs]}")
     return dict(pairs)
 
 

@@ -200,4 +200,6 @@ def _check_adapters(model: nn.Module, state: Attached, names: Sequence[str]) -> 
                 raise ValueError(f"names: {name!r} in {path} can't be combined, {reason}")
     for path, wrapper in wrappers(model, ModuleToSave):
         if len(whole := [name for name in names if name in wrapper.adapter_names()]) > 1:
-            raise ValueError(f"names: {path} is trained whole by {', '.join(whole)}: such modules have no weighted combination")
+            raise ValueError(
+                f"names: {path} is trained whole by {', '.join(whole)}: such modules can't be combined: leave these out"
+            )

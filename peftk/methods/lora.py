@@ -160,7 +160,7 @@ class LoraConfig:
         stacked = select_parameters(modules, self.target_parameters or (), self.lora_dropout)
         paths = self.targets(model)
         if both := [path for path in paths if path in stacked]:
-            raise ValueError(f"target_parameters: {both[0]} is adapted whole by target_modules already")
+            raise ValueError(f"target_parameters: {both[0]} is adapted whole by target_modules already: leave it out of one")
         whole = select_whole(modules, self, (*paths, *stacked))
         kinds = {path: layer_class(modules[path]) for path in paths} | {p: parameters_class(modules[p]) for p in stacked}
         check_layers(self, model, {path: (modules[path], kind) for path, kind in kinds.items()})

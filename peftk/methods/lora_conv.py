@@ -39,7 +39,10 @@ def check_rank(path: str, module: nn.Module, r: int, config: LoraConfig) -> None
     if r % groups:
         raise ValueError(f"r: expected a multiple of groups={groups} for the convolution {path}, got {r}")
     if groups > 1 and config.init_lora_weights == "orthogonal":
-        raise ValueError(f'init_lora_weights: "orthogonal" does not start at B A = 0 with the groups of the convolution {path}')
+        raise ValueError(
+            f'init_lora_weights: "orthogonal" does not start at B A = 0 with the groups of the convolution {path}: '
+            'use True or "gaussian"'
+        )
 
 
 class LoraConv(Decomposed, PlainLayer):

@@ -124,7 +124,7 @@ class LoraLinear(Decomposed, AdapterLayer):
         if isinstance(self.base_layer, NF4Linear):
             raise ValueError(
                 f"{name} took its start out of weights that were then quantised: what they lost is of full rank, so no LoRA "
-                "file on the original weights computes the same. Save model.state_dict(), or merge the adapter"
+                "file on the original weights computes the same: save model.state_dict(), or merge the adapter"
             )
         A, B = self.difference(name)
         return {**found, "lora_A.weight": A, "lora_B.weight": B}

@@ -61,8 +61,8 @@ def _check_taking(config: LoraConfig, path: str, module: nn.Module, owners: Coun
     kind, base = config.init_lora_weights, _base(module)
     if getattr(module, "taken", None) is not None:
         raise ValueError(
-            f"{path}: {kind} takes its start out of the stored weight, as {module.taken.owner!r} did already; a second adapter "
-            "can start in another way"
+            f"{path}: {kind} takes its start out of the stored weight, as {module.taken.owner!r} did already: give the "
+            "second adapter another start"
         )
     if owners[id(base.weight)] > 1:
         raise ValueError(

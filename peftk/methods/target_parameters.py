@@ -57,7 +57,9 @@ def _check(path: str, name: str, module: nn.Module, dropout: float) -> None:
     if _has_experts(module):
         return
     if isinstance(module, Wrapper) and not isinstance(module, LoraParameters):
-        raise ValueError(f"target_parameters: {path}.{name} can't be adapted, another kind of adapter stands on its module")
+        raise ValueError(
+            f"target_parameters: {path}.{name} can't be adapted, another kind of adapter stands there: detach it first"
+        )
     base = module.base_layer if isinstance(module, LoraParameters) else module
     if not is_matrix(parameter := base._parameters[name]):
         raise ValueError(

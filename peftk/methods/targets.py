@@ -167,7 +167,9 @@ def _check_can_be_saved_whole(path: str, module: nn.Module) -> None:
     for below, part in () if isinstance(module, ModuleToSave) else module.named_modules():
         where = f"{path}.{below}".rstrip(".")
         if isinstance(part, Wrapper):
-            raise ValueError(f"modules_to_save: {path} can't be trained whole, another adapter stands on {where}")
+            raise ValueError(
+                f"modules_to_save: {path} can't be trained whole, another adapter stands on {where}: detach it first"
+            )
         if isinstance(part, NF4Linear):
             raise ValueError(
                 f"modules_to_save: expected dense weights, {where} is in 4 bits; quantize_model(skip=...) leaves it out"

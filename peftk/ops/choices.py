@@ -21,6 +21,7 @@ from peftk.ops.lora_linear import lora_linear
 from peftk.ops.nf4_linear import nf4_linear
 from peftk.ops.nf4_linear_int8 import nf4_linear_int8
 from peftk.ops.nf4_lora_linear import nf4_lora_linear
+from peftk.ops.nf4_lora_linear_rows import nf4_lora_linear_rows
 from peftk.ops.nf4_quantize import nf4_quantize, quantize_nf4
 from peftk.ops.philox_dropout import philox_dropout
 
@@ -61,6 +62,7 @@ class Shapes:
 CALLS: Mapping[str, Callable[[Shapes], tuple]] = {
     "nf4_linear": lambda s: (nf4_linear, s.x(), s.w4()),
     "nf4_lora_linear": lambda s: (nf4_lora_linear, s.x(), s.w4(), *s.factors(), 1.0),
+    "nf4_lora_linear_rows": lambda s: (nf4_lora_linear_rows, s.x(), s.w4(), *([f] for f in s.factors()), [1.0], [0] * s.m),
     "lora_linear": lambda s: (lora_linear, s.x(), s.w(), *s.factors(), 1.0),
     "nf4_linear_int8": lambda s: (nf4_linear_int8, s.x().detach(), s.w4()),
     "nf4_quantize": lambda s: (nf4_quantize, s.w(), s.block_size),

@@ -81,7 +81,7 @@ def _row(backend: str, model: GpuModel, product: str, kind: str, m: int) -> Row:
     ):
         if found := [row for row in rows if fits(row.gpu)]:
             return max(found, key=lambda row: row.least_m)
-    raise RuntimeError(f"{PATH.name}: no row for {backend} on {model.name} ({generation}), {product}, {kind}, m = {m}")
+    raise RuntimeError(f"{PATH.name}: no row for {backend} on {model.name} ({generation}), {product}, {kind}, m = {m}: add one")
 
 
 @cache

@@ -102,9 +102,9 @@ class PageFile:
         ctypes.memset(memory.address, 1, self.chunk_bytes)
         self.page_out(memory.address, memory.place, self.chunk_bytes)
         if linux.pages_in_memory(memory.address, self.chunk_bytes):
-            raise OSError(f"folder {self.folder}: its file system keeps written pages in memory, nothing can be paged out to it")
+            raise OSError(f"folder {self.folder}: its file system keeps written pages in memory: set TMPDIR to one on a disk")
         if memory.owner[0] != 1:
-            raise OSError(f"folder {self.folder}: a page came back with other bytes than were written")
+            raise OSError(f"folder {self.folder}: a page came back with other bytes than were written: use another file system")
         self._is_huge = self._is_huge and linux.pages_in_memory(memory.address, HUGE) * os.sysconf("SC_PAGESIZE") == HUGE
 
     def _unmap(self, address: int, process: int) -> None:

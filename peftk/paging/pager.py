@@ -105,10 +105,10 @@ class Pager:
     def _usable(self) -> Iterator[None]:
         """Under the lock. RuntimeError where the pager is closed, or another process's."""
         if os.getpid() != self._process:
-            raise RuntimeError(f"this pager belongs to process {self._process}, not to {os.getpid()}: a fork makes its own")
+            raise RuntimeError(f"this pager belongs to process {self._process}, not to {os.getpid()}: make one in this process")
         with self._lock:
             if self._closed:
-                raise RuntimeError("this pager is closed")
+                raise RuntimeError("this pager is closed: make a new one")
             yield
 
 

@@ -150,7 +150,7 @@ def runs(chunks: Sequence[Chunk], size: int) -> Iterator[tuple[int, int]]:
 def store_on(device: torch.device, budget: int | None) -> Store:
     """Unified memory, or pinned double buffers where host and GPU can't use that at once. RuntimeError without a GPU."""
     if not torch.cuda.is_available():
-        raise RuntimeError(f"device={str(device)!r}: torch {torch.__version__} sees no GPU")
+        raise RuntimeError(f"device={str(device)!r}: torch {torch.__version__} sees no GPU: use 'cpu'")
     index = device.index if device.index is not None else torch.cuda.current_device()
     device = torch.device("cuda", index)
     return store_over(installed_driver(index), index, budget, lambda: torch.cuda.current_stream(device).cuda_stream, device)

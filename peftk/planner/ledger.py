@@ -147,7 +147,7 @@ def _all_of(index: torch.Tensor | None) -> torch.Tensor | None:
     if index is None or index.dtype != torch.bool:
         return index
     if index.dim() != 1:
-        raise NotImplementedError(f"a mask of {index.dim()} dimensions picks values of a meta tensor")
+        raise NotImplementedError(f"index: expected a mask of one dimension for a meta tensor, got one of {index.dim()}")
     return torch.empty(index.shape, dtype=torch.int64, device="meta")
 
 

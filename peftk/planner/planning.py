@@ -164,7 +164,9 @@ def moments_of(blueprint: Blueprint, loss: Loss, step: Step) -> tuple[list[Momen
     built = _sampled(blueprint)
     seen = [run(model, loss, step) for model in built]
     if len({tuple(m.phase for m in moments) for moments in seen}) > 1:
-        raise RuntimeError(f"layers of {blueprint.config.model_type} are not alike: phases differ with their number")
+        raise RuntimeError(
+            f"layers of {blueprint.config.model_type} are not alike: phases differ with their number; expected layers of one kind"
+        )
     deep = []
     for several in zip(*seen, strict=True):
         parts = _at_depth(blueprint, [moment.parts for moment in several])

@@ -51,7 +51,7 @@ def changes(model: nn.Module, folder: Path) -> tuple[dict[str, Change], tuple[st
         )
     path = next((p for name in (TENSORS, OLD_TENSORS) if (p := folder / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder / TENSORS}: no such file")
+        raise FileNotFoundError(f"{folder / TENSORS}: no such file; expected an adapter's")
     attach_empty(model, config, folder, _NAME)
     _, tensors = matched(model, _NAME, file_group(path), path)
     found: dict[str, Change] = {}

@@ -85,9 +85,9 @@ def _span(path: Path, entry: dict[str, Any], begin: int, size: int) -> Span:
     start, stop = entry["data_offsets"]
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if not 0 <= start <= stop <= size - begin:
-        raise ValueError(f"bytes {start} to {stop} in a file of {size}")
+        raise ValueError(f"expected bytes within the file's {size}, got {start} to {stop}")
     if dtype in DTYPES and stop - start != DTYPES[dtype].itemsize * torch.Size(shape).numel():
-        raise ValueError(f"{stop - start} bytes for {dtype} of shape {shape}")
+        raise ValueError(f"expected the bytes of {dtype} of shape {shape}, got {stop - start}")
     return Span(path, dtype, shape, begin + start, stop - start)
 
 

@@ -96,18 +96,18 @@ def _from_index(folder: Path, index: Path, read: Callable[[Path], dict[str, Tens
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: expected JSON with a weight_map, got {error!r}") from error
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{index}: names {absent[0]}, which is not in the folder")
+        raise ValueError(f"{index}: names {absent[0]}, which is expected in the folder, and is not there")
     groups = [read(folder / name) for name in names]
     source = _checked(Source(tuple(groups), tuple(folder / name for name in names)), folder)
     if absent := sorted(set(places) - set(source.tensors)):
-        raise ValueError(f"{index}: names the tensor {absent[0]}, which {places[absent[0]]} doesn't have")
+        raise ValueError(f"{index}: names the tensor {absent[0]}, which {places[absent[0]]} is expected to have, and doesn't")
     return source
 
 
 def _checked(source: Source, folder: Path) -> Source:
     if len(source.tensors) != sum(map(len, source.groups)):
         names = [name for group in source.groups for name in group]
-        raise ValueError(f"{folder}: the tensor {max(names, key=names.count)} is in more than one file")
+        raise ValueError(f"{folder}: the tensor {max(names, key=names.count)} is expected once, and is in more than one file")
     return source
 
 

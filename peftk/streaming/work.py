@@ -163,7 +163,7 @@ class Job:
             self._write_manifest()
             return {}
         if not self.resume:
-            raise ValueError(f"{self.work} holds an unfinished job: go on with it by --resume, or delete that folder")
+            raise ValueError(f"{self.work} holds an unfinished job: use --resume to go on with it, or delete that folder")
         before = json.loads(self.manifest.read_text(encoding="utf-8"))
         _check_same(before["facts"], json.loads(json.dumps(self.facts)), self.work)
         if _is_published(self.out):
@@ -205,9 +205,11 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise Busy(f"{self.out}: another run, process {lock.read().strip() or 'unknown'}, is at work there") from None
+                raise Busy(
+                    f"{self.out}: another run, process {lock.read().strip() or 'unknown'}, is at work there: give another --out"
+                ) from None
             if not _is_still(lock.fileno(), self.work / "lock"):
-                raise Busy(f"{self.out}: another run has just finished there")
+                raise Busy(f"{self.out}: another run has just finished there: give another --out")
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")
             lock.flush()

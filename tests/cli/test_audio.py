@@ -42,8 +42,8 @@ def test_what_cannot_be_heard_is_told(tmp_path):
     cases = {
         "long.wav": r"1\.5 seconds; the model hears at most 1",
         "empty.wav": "holds no samples",
-        "text.wav": "not a PCM wave file",
-        "cut.wav": "not a PCM wave file",
+        "text.wav": "expected a PCM wave file",
+        "cut.wav": "expected a PCM wave file",
         "none.wav": "no such file",
     }
     for name, message in cases.items():

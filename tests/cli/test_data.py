@@ -90,7 +90,7 @@ GOOD = {"prompt": "a", "completion": "b"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a",', "line 2: not JSON"),
+        ('{"prompt": "a",', "line 2: expected JSON"),
         ("[1]", "line 2: expected an object with .* got list"),
         ("{}", "line 2: expected the keys .* got none"),
         ('{"text": "a"}', "line 2: expected the keys .* got 'text'"),
@@ -119,7 +119,7 @@ def test_bad_files_are_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match="empty.txt: the file is empty"):
         read_documents([tmp_path / "empty.txt"], tokenizer)
     (tmp_path / "latin.txt").write_bytes("früh".encode("latin-1"))
-    with pytest.raises(UserError, match="latin.txt: not UTF-8 text .byte 2"):
+    with pytest.raises(UserError, match="latin.txt: expected UTF-8 text, got another encoding .byte 2"):
         read_documents([tmp_path / "latin.txt"], tokenizer)
 
 

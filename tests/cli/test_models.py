@@ -54,12 +54,12 @@ def test_a_decoder_of_another_file_gets_a_head(model_folder, monkeypatch, model,
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("no folder", "no such folder or file, and not the name 'smollm2'"),
+        ("no folder", "no such folder or file; expected one, or the name 'smollm2'"),
         ("config.json", "the folder has no config.json"),
         ("model.safetensors", "--model .*: "),
         ("no tokenizer", "--model .*: "),
-        ("not gguf", "not a readable GGUF file"),
-        ("empty gguf", "not a readable GGUF file"),
+        ("not gguf", "expected a GGUF file"),
+        ("empty gguf", "expected a GGUF file"),
     ],
 )
 def test_what_is_no_model_is_told(model_folder, tmp_path, broken, message):
@@ -82,7 +82,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model_folder, tmp_path):
     _, tokenizer = open_model(str(folder))
     tokenizer.add_tokens(["new", "newer"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+"):
+    with pytest.raises(UserError, match=r"expected a tokenizer for the model's embedding of \d+, got one of \d+ tokens"):
         open_model(str(folder))
 
 

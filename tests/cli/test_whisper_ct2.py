@@ -113,15 +113,15 @@ def test_other_files_are_refused_by_name(folder):
     cases = [
         (dict(version=5), arrays, "expected CTranslate2's binary version 6, got 5"),
         (dict(spec="TransformerSpec"), arrays, "expected a WhisperSpec, got 'TransformerSpec'"),
-        ({}, {**arrays, "encoder/odd/weight": np.zeros(3, np.float16)}, "no Whisper model"),
-        ({}, {k: v for k, v in arrays.items() if "conv2" not in k}, "no Whisper model: lacks"),
+        ({}, {**arrays, "encoder/odd/weight": np.zeros(3, np.float16)}, "expected a Whisper model"),
+        ({}, {k: v for k, v in arrays.items() if "conv2" not in k}, "expected a Whisper model; it lacks"),
     ]
     for facts, some, message in cases:
         write(path / "model.bin", some, **facts)
         with pytest.raises(UserError, match=f"--model .*model.bin: {message}"):
             open_whisper(path)
     (path / "model.bin").write_bytes(write(path / "model.bin", arrays).read_bytes()[:-9])
-    with pytest.raises(UserError, match="not a readable CTranslate2 file"):
+    with pytest.raises(UserError, match="expected a CTranslate2 file"):
         read_arrays(path / "model.bin")
 
 

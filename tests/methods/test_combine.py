@@ -192,7 +192,7 @@ def test_a_module_that_one_adapter_trains_whole_comes_along():
     combine_adapters(model, ["a", "b"], [1, 2], "new")
     whole = model.head.modules_to_save
     assert torch.equal(whole["new"].weight, whole["b"].weight) and whole["new"].weight is not whole["b"].weight
-    with pytest.raises(ValueError, match="names: head is trained whole by b, c: such modules have no weighted combination"):
+    with pytest.raises(ValueError, match="names: head is trained whole by b, c: such modules can't be combined"):
         combine_adapters(model, ["b", "c"], [1, 1], "other")
 
 

@@ -148,5 +148,7 @@ def test_four_bits_and_other_adapters_are_refused():
     with pytest.raises(ValueError, match=r"expected dense matrices or stacks of them, got head\.weight, torch\.uint8"):
         attach(model, LoraConfig(target_parameters=["head.weight"]))
     model = attach(Holder(), LoraConfig(target_modules=["head"]), "a")
-    with pytest.raises(ValueError, match=r"target_parameters: head\.weight can't be adapted, another kind of adapter stands on"):
+    with pytest.raises(
+        ValueError, match=r"target_parameters: head\.weight can't be adapted, another kind of adapter stands there"
+    ):
         attach(model, LoraConfig(target_parameters=["head.weight"]), "b")

@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, function, call):
     monkeypatch.undo()
     assert not (tmp_path / "b").exists()
     (tmp_path / ".b.unfinished" / "files" / "stray.tmp").write_text("left by the killed run")
-    with pytest.raises(ValueError, match="holds an unfinished job: go on with it by --resume"):
+    with pytest.raises(ValueError, match="holds an unfinished job: use --resume to go on with it"):
         job(tmp_path / "b").run("x", progress=False)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".b.unfinished" / "files").glob("*.safetensors")}
     done = json.loads((tmp_path / ".b.unfinished" / "manifest.json").read_text())["shards"]

@@ -56,6 +56,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
+    """Whether bitsandbytes runs on peftk now."""
     return held(PACKAGE) is not None
 
 

@@ -64,7 +64,7 @@ class PendingLinear(NF4Linear):
         if w4 is None and not self.weight.is_meta:  # no file had it: it was drawn
             w4 = self._quantised_rows(self.weight.detach(), f"{path}.weight")
         if w4 is None:
-            raise ValueError(f"{path}.weight: no file has it")
+            raise ValueError(f"{path}.weight: expected in one of the files, none has it")
         del self.is_conv1d
         self.__class__ = NF4Linear
         self._store(w4)

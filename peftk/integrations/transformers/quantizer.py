@@ -102,7 +102,9 @@ class Loading5(Loading):
         layer = pending(model, name)
         try:
             if layer is None:
-                raise ValueError(f"{name}: in 4 bits in the file, but among the modules that stay dense")
+                raise ValueError(
+                    f"{name}: in 4 bits in the file, but among the modules that stay dense: take it out of modules_to_not_convert"
+                )
             return layer.take(tensor, name)
         except (ValueError, TypeError) as error:
             parameter = nn.Parameter(torch.empty_like(model.get_parameter(name), device="meta"), requires_grad=False)
