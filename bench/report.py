@@ -51,7 +51,7 @@ class Provenance:
     def here(cls) -> Provenance:
         return cls(
             datetime.date.today().isoformat(),
-            _commit(),
+            commit_name(),
             machine_name(),
             torch.get_num_threads(),
             isa.forced() or peftk.info().cpu_tier or "reference",
@@ -80,7 +80,9 @@ def machine_name(cpuinfo: str | None = None, cores: int | None = None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
-def _commit() -> str:
+def commit_name() -> str:
+    """Short, with a + where sources differ from it; why not where there is no git."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
-from peftk.cli import bench, finetune, generate, info, memory, quantize
+from peftk.cli import bench, finetune, generate, info, memory, merge, quantize
 from peftk.cli.errors import UserError
 
 __all__ = ["main"]
 
-COMMANDS = (finetune, generate, quantize, memory, bench, info)
+COMMANDS = (finetune, generate, quantize, merge, memory, bench, info)
 USER_ERROR = 2  # argparse's own exit status for a bad flag
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 or what the command returns (peftk memory: 1 where a card is too small), 2
-    where the user's input is at fault, 130 after Ctrl-C. Errors of the program itself are raised."""
+    where the user's input is at fault, 130 after Ctrl-C and 143 after SIGTERM. Errors of the program itself are raised."""
     program = parser()
     arguments, rest = program.parse_known_args(argv)
     if hasattr(arguments, "rest"):
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"\npeftk {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        told = " ".join(["interrupted", *map(str, interrupt.args[:1])])
+        print(f"\npeftk {arguments.command}: {told}", file=sys.stderr)
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return status or 0

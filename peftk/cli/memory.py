@@ -76,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose ways to compute, and whose overheads")
     machine.add_argument("--gpus", type=flags.positive_int, default=1, help="that share the work")
-    machine.add_argument("--sharding", choices=planner.SHARDINGS, default="ddp", help="ddp: all hold all; fsdp: FSDP2's shards")
+    machine.add_argument(
+        "--sharding", choices=planner.SHARDINGS, default="ddp", help="ddp: all hold all; fsdp: FSDP2; tp: tensor parallel"
+    )
     machine.add_argument("--card", type=flags.card, default=None, metavar="CARD", help=f"a size, or {', '.join(planner.CARDS)}")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON in the place of the table")
@@ -199,6 +201,8 @@ def _text(arguments: argparse.Namespace, found: planner.Plan, advice: list[plann
     lines += [f"{'total':<24} {readable(found.total):>10}   fullest in: {found.phase}"]
     if found.paged_out:
         lines.append(f"{'paged out':<24} {readable(found.paged_out):>10}   on the host, or in a file")
+    if found.collectives:
+        lines.append(f"{'sent by a GPU in a step':<24} {readable(found.sent):>10}   {', '.join(found.collectives)}")
     if arguments.card is None:
         return "\n".join(lines)
     name, card = arguments.card
@@ -225,6 +229,7 @@ def _json(arguments: argparse.Namespace, found: planner.Plan, advice: list[plann
         "phase": found.phase,
         "phases": found.phases,
         "paged_out": found.paged_out,
+        "sent": found.sent,
         "card": card,
         "fits": None if card is None else found.total <= card["bytes"],
         "changes": [dataclasses.asdict(change) for change in advice],

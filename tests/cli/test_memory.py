@@ -6,9 +6,11 @@ import json
 import re
 
 import pytest
+import torch
 
 from peftk.cli import main, memory
 from peftk.planner import GEOMETRIES
+from peftk.planner.ledger import GROUPED_SINCE
 
 pytest.importorskip("transformers")
 
@@ -17,7 +19,7 @@ pytest.importorskip("transformers")
 def folder(tmp_path) -> str:
     """A config of four narrow layers."""
     narrow = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 320}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2 if torch.__version__ >= GROUPED_SINCE else 4}
     (tmp_path / "config.json").write_text(json.dumps({**GEOMETRIES["smollm2-135m"], **narrow, **heads}))
     return str(tmp_path)
 
