@@ -13,7 +13,7 @@ import torch
 from bench import __main__ as main
 from bench import catalogue, isa
 from bench.__main__ import arguments
-from bench.catalogue import benches, headlines, module_of, ops, tests_of
+from bench.catalogue import benches, headlines, module_of, ops
 from bench.goals import Goal, as_goals, named_peers
 from bench.measure import Candidate, Case, Work
 
@@ -43,7 +43,7 @@ def test_benches_mirror_the_ops(op: str):
 
 @pytest.mark.parametrize("name", [*benches(), "sweep"])
 def test_every_bench_names_tests_that_exist(name: str):
-    assert tests_of(name) and all((ROOT / test).exists() for test in tests_of(name))
+    assert catalogue.tests_of(name) and all((ROOT / test).exists() for test in catalogue.tests_of(name))
 
 
 def test_headlines_are_cases():

@@ -34,16 +34,18 @@ print(bench_memory.peak_beyond_results(run))
 
 
 def test_a_process_of_its_own():
-    assert abs(bench_memory.extra_bytes("peftk", 128, processes=1)) < bench_memory.MOST
+    (taken,) = bench_memory.extra_bytes("peftk", 128, processes=1)
+    assert abs(taken) < bench_memory.MOST
     with pytest.raises(RuntimeError, match="memory of nobody: KeyError: 'nobody'"):
         bench_memory.extra_bytes("nobody", 128, processes=1)
 
 
 @pytest.mark.parametrize(("taken", "met"), [(7_999_999, True), (8_000_000, False)])
 def test_the_verdict(monkeypatch: pytest.MonkeyPatch, taken: int, met: bool):
-    monkeypatch.setattr(bench_memory, "extra_bytes", lambda who, size: taken)
+    monkeypatch.setattr(bench_memory, "extra_bytes", lambda who, size: [taken, taken - 2, taken + 2])
     monkeypatch.setattr(bench_memory.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     ((ours, on_bitsandbytes, on_dense),) = bench_memory.rows(128, 1, LIMITS)
     assert (ours.who, ours.extra, ours.verdicts[0].met) == ("peftk", taken, met)
+    assert (ours.rounds, ours.extra_spread) == (3, (taken - 2, taken + 2))
     assert on_bitsandbytes.extra is None and on_bitsandbytes.note == "bitsandbytes not installed"
     assert on_dense.extra == taken
