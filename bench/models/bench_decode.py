@@ -1,4 +1,4 @@
-"""Greedy generation with transformers' ``generate``: the real SmolLM2-135M, a prompt of some ten tokens, 64 new ones, bf16.
+"""Greedy generation with transformers' ``generate``: the real SmolLM2-135M, a prompt of 16 tokens, 64 new ones, bf16.
 
 Everyone runs the same loop on the same 4-bit weights, in turn in one process; the dense model has them written out.
 "no linears" is ours with 4-bit layers and head that return zeros at once: what the rest of the stack takes, which no kernel of
