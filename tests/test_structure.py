@@ -23,10 +23,11 @@ ALLOWED = {
     "atomic": set(),
     "replaced": set(),
     "shards": set(),
+    "version": set(),
     "ops": {"format", "native"},
     "paging": {"format", "native"},
     "optim": {"ops", "paging", "format", "native", "shards"},
-    "info": {"ops", "native", "replaced"},
+    "info": {"ops", "native", "replaced", "version"},
     "nn": {"ops", "format", "progress", "shards"},
     "methods": {"nn", "ops", "format", "progress", "shards"},
     "checkpoint": {"methods", "nn", "format", "atomic", "shards"},
@@ -43,9 +44,10 @@ ALLOWED = {
         "replaced",
         "shards",
     },
+    "streaming": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress"},
     "planner": {"methods", "nn", "ops", "optim", "atomic"},
     "cli": {"planner", "methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress"}
-    | {"info"},
+    | {"info", "streaming"},
 }
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").exists())
 
@@ -120,7 +122,7 @@ def test_cuda_kernels_have_a_python_side(op: str):
     assert bool(sources) == bool(in_table)
 
 
-@pytest.mark.parametrize("room", ["format", "nn", "methods", "planner", "cli"])
+@pytest.mark.parametrize("room", ["format", "nn", "methods", "planner", "streaming", "cli"])
 def test_tests_mirror_the_package(room: str):
     """tests/<room>/test_<file>.py belongs to peftk/<room>/<file>.py."""
     for test in (ROOT / "tests" / room).glob("test_*.py"):

@@ -120,7 +120,8 @@ float wide_dot(const Rows& rows, std::int64_t j, std::int64_t k, const float* x)
     float factors[kLanes];
     rows.template read<1>(j, position, static_cast<int>(std::min<std::int64_t>(k - position, kLanes)), &factor);
     store(factors, factor);
-    for (int lane = 0; lane < kLanes; lane++) sum[lane] += static_cast<double>(x[position + lane]) * factors[lane];
+    for (int lane = 0; lane < kLanes; lane++)
+      sum[lane] += static_cast<double>(x[position + lane]) * static_cast<double>(factors[lane]);
   }
   double all = 0.0;
   for (double lane : sum) all += lane;

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from peftk.cli.errors import UserError, require
-from peftk.format.nf4 import NF4Weight
-from peftk.nn import NF4Linear
 
 
 def open_quantised(path: Path, config: Any) -> nn.Module:
@@ -24,47 +21,14 @@ def open_quantised(path: Path, config: Any) -> nn.Module:
         raise UserError(
             f"--model {path}: quantised by {kind.get('quant_method')}; bitsandbytes' 4-bit form and dense weights are read"
         )
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        state |= load_file(file)
-    if not state:
+    if not any(path.glob("*.safetensors")):
         raise UserError(f"--model {path}: the folder has no .safetensors file")
-    del config.quantization_config
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    for name in sorted({key.partition(".weight.quant_state.")[0] for key in state if ".weight.quant_state." in key}):
-        _put_quantised(model, name, state)
-    wrong = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    _make_buffers(model, config)
-    missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if missing or wrong.unexpected_keys:
-        raise UserError(f"--model {path}: missing weights {missing}; unexpected weights {wrong.unexpected_keys}")
-    if (path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    return model
-
-
-def _put_quantised(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> None:
-    """An NF4Linear of the stored weight in place of the layer that the config asks for."""
-    w4 = NF4Weight.from_state_dict(state, f"{name}.")
-    parent, _, child = name.rpartition(".")
-    linear = model.get_submodule(name)
-    layer = NF4Linear(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        block_size=w4.block_size,
-        device="meta",
-        dtype=w4.dtype,
+    reader = import_module("peftk.integrations.transformers")
+    model, told = reader.from_bitsandbytes(
+        path, transformers.AutoModelForCausalLM, config=config, dtype="auto", local_files_only=True, output_loading_info=True
     )
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _make_buffers(model: nn.Module, config: Any) -> None:
-    """Buffers that no file holds (the angles of rotary embeddings): modules that own them are built again, off meta."""
-    for name, module in list(model.named_modules()):
-        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
-            if not isinstance(module, NF4Linear) and not list(module.parameters(recurse=False)):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, type(module)(config))
+    meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    missing, unexpected = sorted({*told["missing_keys"], *meta}), sorted(told["unexpected_keys"])
+    if missing or unexpected:
+        raise UserError(f"--model {path}: missing weights {missing}; unexpected weights {unexpected}")
+    return model

@@ -11,7 +11,7 @@ from torch.nn import functional
 from peftk.ops.lora_linear import has_kernel, lora_linear
 from peftk.ops.nf4_lora_linear import check_low_rank
 from peftk.ops.philox_dropout import draw_seed, philox_dropout
-from peftk.shards import factor
+from peftk.shards import factor, is_shard
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -64,6 +64,10 @@ class Dense:
 
     is_tensor_parallel: bool = False
 
+    def _check_whole(self) -> None:
+        if is_shard(self.weight):
+            raise ValueError("layer: expected a whole weight, got one that is split among processes; change weights before that")
+
     def _own(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
         return factor(parameter) if self.is_tensor_parallel and parameter is not None else parameter
 
@@ -114,6 +118,7 @@ class Dense:
     @torch.no_grad()
     def restore_weight(self, snapshot: torch.Tensor) -> None:
         """Put a snapshot back, bit for bit."""
+        self._check_whole()
         self.weight.copy_(snapshot)
 
 
@@ -137,6 +142,7 @@ class DenseLinear(Dense, nn.Linear):
     @torch.no_grad()
     def set_dense_weight(self, w: torch.Tensor) -> None:
         """Replace W by w (n, k), rounded once to the layer's dtype. ValueError for another shape."""
+        self._check_whole()
         if w.shape != self.weight.shape:
             raise ValueError(f"w: expected {tuple(self.weight.shape)}, got {tuple(w.shape)}")
         self.weight.copy_(w)
@@ -166,6 +172,7 @@ class DenseConv1D(Dense, nn.Module):
     @torch.no_grad()
     def set_dense_weight(self, w: torch.Tensor) -> None:
         """Replace W by w (n, k), rounded once to the layer's dtype. ValueError for another shape."""
+        self._check_whole()
         if w.shape != self.weight.T.shape:
             raise ValueError(f"w: expected {tuple(self.weight.T.shape)}, got {tuple(w.shape)}")
         self.weight.copy_(w.T)

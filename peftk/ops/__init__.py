@@ -4,6 +4,7 @@ from peftk.ops.adamw_step import adamw_step, adamw_step8
 from peftk.ops.ademamix_step import ademamix_step, ademamix_step8
 from peftk.ops.blockwise8_dequantize import blockwise8_dequantize
 from peftk.ops.blockwise8_quantize import blockwise8_quantize
+from peftk.ops.choices import explain
 from peftk.ops.lion_step import lion_step, lion_step8
 from peftk.ops.lora_linear import lora_linear
 from peftk.ops.nf4_dequantize import nf4_dequantize
@@ -21,6 +22,7 @@ __all__ = [
     "ademamix_step8",
     "blockwise8_dequantize",
     "blockwise8_quantize",
+    "explain",
     "lion_step",
     "lion_step8",
     "lora_linear",

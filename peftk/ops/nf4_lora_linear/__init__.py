@@ -21,12 +21,17 @@ from peftk.ops.nf4_lora_linear import autograd, cpu, cuda, on_gpu, reference
 from peftk.ops.philox_dropout import draw_seed
 
 
-def _triton(function: str, reasons: Callable[..., list[str]]) -> dispatch.Implementation:
-    return gpu.triton_implementation("nf4_lora_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function)
+def _triton(function: str, reasons: Callable[..., list[str]], kernel: str | None = None) -> dispatch.Implementation:
+    return gpu.triton_implementation("nf4_lora_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function, kernel)
 
 
-TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against), reference.FORWARD)
-TABLE_BACKWARD = (cpu.BACKWARD, cuda.BACKWARD, _triton("run_backward", on_gpu.reasons_against_backward), reference.BACKWARD)
+TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against, "kernel"), reference.FORWARD)
+TABLE_BACKWARD = (
+    cpu.BACKWARD,
+    cuda.BACKWARD,
+    _triton("run_backward", on_gpu.reasons_against_backward, "kernel_backward"),
+    reference.BACKWARD,
+)
 TABLE_MANY = (cpu.MANY, cuda.MANY, _triton("run_many", on_gpu.reasons_against_many), reference.MANY)
 TABLE_MANY_BACKWARD = (
     cpu.MANY_BACKWARD,
