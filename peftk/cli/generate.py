@@ -13,7 +13,7 @@ import peftk
 from peftk.cli import adapters, flags, output
 from peftk.cli.errors import UserError
 from peftk.cli.models import DTYPES, MODEL_HELP, open_for, resolve_device, resolve_dtype
-from peftk.cli.prepare import kept_dense, prepare_base
+from peftk.cli.prepare import for_generation, kept_dense, prepare_base
 from peftk.cli.tasks import TASKS
 
 SUMMARY = "write text, or judge one, with a model and an adapter"
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             raise UserError(f"--adapter {arguments.adapter}: {error}") from error
     torch.manual_seed(arguments.seed)
-    print(task.answer(opened.model.eval(), opened.tokenizer, arguments))
+    print(task.answer(for_generation(opened.model), opened.tokenizer, arguments))
 
 
 def _check_input(arguments: argparse.Namespace, task: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import peftk
 from peftk.methods.targets import TASK_HEADS
+from peftk.nn import DenseLinear
 from peftk.nn.experts import has_other_experts, is_experts
 
 
@@ -19,6 +20,14 @@ def prepare_base(model: nn.Module, base: str, dtype: torch.dtype, device: torch.
     if base == "nf4":
         quantise_base(model, keep)
     return model.to(device=device, dtype=dtype)
+
+
+def for_generation(model: nn.Module) -> nn.Module:
+    """In eval mode, with a dense head as a DenseLinear on the same parameters, in place: ``generate`` gives the head the last
+    position of a prompt, whose strides an nn.Linear of torch takes long for. Returns the model."""
+    if type(head := model.get_output_embeddings()) is nn.Linear:
+        model.set_output_embeddings(DenseLinear.from_linear(head))
+    return model.eval()
 
 
 def kept_dense(task_type: str, new: Sequence[str]) -> tuple[str, ...]:
