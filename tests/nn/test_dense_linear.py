@@ -71,8 +71,8 @@ class Ops(TorchDispatchMode):
 
 
 def test_strides_that_do_not_fold_take_no_batched_product():
-    """As those of hidden[:, -1:] in generation, of one sequence or several, and of no row: with a frozen W torch takes bmm, which copies
-    it for each."""
+    """As those of hidden[:, -1:] in generation, of one sequence or several, and of no row: with a frozen W torch takes bmm, which
+    copies it for each."""
     layer, origin, _ = make("linear", bias=False)
     origin.requires_grad_(False)
     for x in (torch.randn(1, 5, 24)[:, -1:], torch.randn(3, 5, 24)[:, -1:], torch.randn(2, 5, 24)[:, :0]):
