@@ -79,7 +79,7 @@ def models() -> dict[str, nn.Module]:
         OURS: lambda: for_generation(smollm2.quantised()),
         "peftk, adapter beside": adapted,
         "peftk, adapter merged": lambda: peftk.merge(adapted()),
-        "peftk, head in 4 bits": with_small_head,
+        "peftk, head in 4 bits": lambda: for_generation(smollm2.quantised(), "nf4"),
         "no linears": without_linears,
         WITHOUT: partial(smollm2.on_peers, on_bitsandbytes),
         WITH: partial(smollm2.on_peers, on_bitsandbytes),
@@ -95,12 +95,6 @@ def adapted() -> nn.Module:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.002)
     return for_generation(model)
-
-
-def with_small_head() -> nn.Module:
-    model = smollm2.quantised()
-    model.lm_head = peftk.nn.NF4Linear.from_linear(model.lm_head)
-    return model
 
 
 class Zeros(nn.Module):
