@@ -1,9 +1,10 @@
-"""Greedy generation with transformers' ``generate``: the real SmolLM2-135M, a prompt of some ten tokens, 64 new ones, bf16.
+"""Greedy generation with transformers' ``generate``: the real SmolLM2-135M, a prompt of 16 tokens, 64 new ones, bf16.
 
 Everyone runs the same loop on the same 4-bit weights, in turn in one process; the dense model has them written out.
 "no linears" is ours with 4-bit layers and head that return zeros at once: what the rest of the stack takes, which no kernel of
 ours can better.
-"head in 4 bits" rounds the head as well, which is tied to the embeddings and stays dense elsewhere.
+"head in 4 bits" rounds the head as well, which is tied to the embeddings and stays dense elsewhere. Ours are prepared as
+``peftk generate`` prepares them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bench.goals import Goal
 from bench.limits import Limits
 from bench.measure import Candidate, Case, Row, Work, interleave, rows_of
 from bench.models import bench_smollm2 as smollm2
+from peftk.cli.prepare import for_generation
 from peftk.integrations import bitsandbytes as backend
 
 TESTS = ("tests/ops/test_nf4_linear.py", "tests/ops/test_nf4_lora_linear.py", "tests/methods/test_merge.py")
@@ -74,10 +76,10 @@ def models() -> dict[str, nn.Module]:
     """Everyone's, in eval mode, ours first; what bitsandbytes runs through us is another model, since it rewrites its weights."""
     on_bitsandbytes = partial(peers.bnb_linear, compute_dtype=torch.bfloat16)
     made = {
-        OURS: smollm2.quantised,
+        OURS: lambda: for_generation(smollm2.quantised()),
         "peftk, adapter beside": adapted,
         "peftk, adapter merged": lambda: peftk.merge(adapted()),
-        "peftk, head in 4 bits": with_small_head,
+        "peftk, head in 4 bits": lambda: for_generation(smollm2.quantised(), "nf4"),
         "no linears": without_linears,
         WITHOUT: partial(smollm2.on_peers, on_bitsandbytes),
         WITH: partial(smollm2.on_peers, on_bitsandbytes),
@@ -92,13 +94,7 @@ def adapted() -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.002)
-    return model
-
-
-def with_small_head() -> nn.Module:
-    model = smollm2.quantised()
-    model.lm_head = peftk.nn.NF4Linear.from_linear(model.lm_head)
-    return model
+    return for_generation(model)
 
 
 class Zeros(nn.Module):

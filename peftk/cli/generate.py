@@ -13,7 +13,7 @@ import peftk
 from peftk.cli import adapters, flags, output
 from peftk.cli.errors import UserError
 from peftk.cli.models import DTYPES, MODEL_HELP, open_for, resolve_device, resolve_dtype
-from peftk.cli.prepare import kept_dense, prepare_base
+from peftk.cli.prepare import for_generation, kept_dense, prepare_base
 from peftk.cli.tasks import TASKS
 
 SUMMARY = "write text, or judge one, with a model and an adapter"
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--seed", type=flags.seed, default=0, help="of the draws")
     parser.add_argument("--base", choices=adapters.BASES, default=None, help="the adapter's by default, else dense")
+    parser.add_argument("--head", choices=adapters.BASES, default="dense", help="of the logits: nf4 is faster and less exact")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default=None, help="the adapter's by default, else auto")
     parser.add_argument("--threads", type=flags.positive_int, default=None, help="CPU threads; torch's choice by default")
@@ -70,7 +71,11 @@ def run(arguments: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             raise UserError(f"--adapter {arguments.adapter}: {error}") from error
     torch.manual_seed(arguments.seed)
-    print(task.answer(opened.model.eval(), opened.tokenizer, arguments))
+    try:
+        for_generation(opened.model, arguments.head)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    print(task.answer(opened.model, opened.tokenizer, arguments))
 
 
 def _check_input(arguments: argparse.Namespace, task: str) -> None:

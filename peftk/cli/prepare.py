@@ -9,6 +9,7 @@ from torch import nn
 
 import peftk
 from peftk.methods.targets import TASK_HEADS
+from peftk.nn import DenseLinear, NF4Linear
 from peftk.nn.experts import has_other_experts, is_experts
 
 
@@ -19,6 +20,17 @@ def prepare_base(model: nn.Module, base: str, dtype: torch.dtype, device: torch.
     if base == "nf4":
         quantise_base(model, keep)
     return model.to(device=device, dtype=dtype)
+
+
+def for_generation(model: nn.Module, head: str = "dense") -> nn.Module:
+    """In eval mode, in place, with the plain nn.Linear that makes its logits as a DenseLinear on the same parameters:
+    ``generate`` gives the head the last position of a prompt, whose strides an nn.Linear of torch takes long for. ``head`` "nf4":
+    as a copy in 4 bits; embeddings tied to it stay as they are. Returns the model. ValueError where "nf4" finds no such head."""
+    if type(found := model.get_output_embeddings()) is nn.Linear:
+        model.set_output_embeddings(NF4Linear.from_linear(found) if head == "nf4" else DenseLinear.from_linear(found))
+    elif head == "nf4":
+        raise ValueError(f"head: expected a model that makes logits with an nn.Linear, got one with {type(found).__name__}")
+    return model.eval()
 
 
 def kept_dense(task_type: str, new: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 forward(x)                                     x (..., k) -> (..., n)
 forward_low_rank(x, A, B, scale, z, dropout, seed, with_bias)   forward(x) + scale * dropout(z or x) A^T B^T
+forward_low_rank_rows(x, A, B, scale, index, z)                 forward(x), and the branch index[i] for row i of the batch
 product(x)                                     x W^T, without the bias
 dense_weight(), set_dense_weight(w)            W (n, k) as floats, out and in
 rounded(w)                                     w as set_dense_weight would store it, in floats; nothing is stored

@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from torch import nn
 
+import peftk
 from peftk.cli import generate, main
+from peftk.cli.prepare import for_generation
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,24 @@ def test_the_base_is_quantised_as_it_was(adapter, capsys, monkeypatch):
 def test_without_an_adapter_the_base_speaks(model_folder, adapter, capsys):
     plain = say(capsys, "--model", model_folder, "--prompt", "7 to be", "--greedy")
     assert plain.startswith("7 to be") and plain != "7 to be or not to be"
+
+
+@pytest.mark.parametrize(("head", "kind"), [("dense", peftk.nn.DenseLinear), ("nf4", peftk.nn.NF4Linear)])
+def test_the_head_is_as_asked(head, kind, model_folder, capsys, monkeypatch):
+    seen, inner = [], generate.for_generation
+    monkeypatch.setattr(generate, "for_generation", lambda *given: seen.append(inner(*given)) or seen[-1])
+    say(capsys, "--model", model_folder, "--prompt", "7", "--head", head)
+    model = seen[0]
+    assert type(model.get_output_embeddings()) is kind and not model.training
+    assert model.get_input_embeddings().weight.is_floating_point()
+
+
+def test_a_head_that_is_none_is_told():
+    model = nn.Module()
+    model.get_output_embeddings = lambda: None
+    assert not for_generation(model).training
+    with pytest.raises(ValueError, match="head: expected a model that makes logits with an nn.Linear, got one with NoneType"):
+        for_generation(model, "nf4")
 
 
 def test_the_seed_decides_what_is_drawn(model_folder, capsys):

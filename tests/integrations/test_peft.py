@@ -19,6 +19,8 @@ from hf_pairs import (
 from tiny_models import run, weight_grads
 from torch import nn
 
+from peftk.nn import nf4_linear
+
 CONFIGS = {
     "lora": lora,
     "rslora": lambda: lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"query": 9}),
@@ -127,13 +129,18 @@ def test_dora_beside_lora():
     assert_same_step(*models, "llama")
 
 
-def test_a_batch_of_mixed_adapters():
+def test_a_batch_of_mixed_adapters(monkeypatch):
     models = pair("llama", lora())
     add(models, lora(r=2), "second")
+    calls, op = [], nf4_linear.nf4_lora_linear_rows
+    monkeypatch.setattr(nf4_linear, "nf4_lora_linear_rows", lambda *a: calls.append(1) or op(*a))
     inputs = {"input_ids": torch.randint(1, 61, (4, 9)), "adapter_names": ["second", "__base__", "default", "second"]}
     with torch.no_grad():
         y, expected = (model(**inputs).logits for model in models)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == len(each_layer(models[0]))
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        models[0](input_ids=inputs["input_ids"], adapter_names=["default"])
     with pytest.raises(ValueError, match="DoRA"):
         ours, _ = pair("llama", lora(use_dora=True))
         ours(input_ids=inputs["input_ids"], adapter_names=["default"] * 4)

@@ -68,6 +68,31 @@ def test_fused_equals_hf_pefts_own(config: str, dtype: torch.dtype, taken_over, 
         assert (got - expected).norm() <= bound * expected.norm() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixed_batch_is_one_op(dtype: torch.dtype, taken_over, monkeypatch: pytest.MonkeyPatch):
+    base, calls = model(dtype), []
+    op = on_bitsandbytes.nf4_lora_linear_rows
+    monkeypatch.setattr(on_bitsandbytes, "nf4_lora_linear_rows", lambda *a: calls.append(1) or op(*a))
+    integration.unregister()
+    try:
+        stock = with_two_adapters(copy.deepcopy(base))
+    finally:
+        integration.register()
+    fused = with_two_adapters(base)
+    fused.load_state_dict(stock.state_dict(), strict=False)
+    x, names = torch.randn(4, 3, 64), ["other", "__base__", "default", "other"]
+    with torch.no_grad():
+        expected, y = (candidate.base_model.model.a(x, adapter_names=names) for candidate in (stock, fused))
+    assert len(calls) == 1 and y.dtype == expected.dtype
+    assert (y - expected).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * expected.norm()
+
+
+def with_two_adapters(base: nn.Module) -> nn.Module:
+    made = wrapped(base, CONFIGS["lora"]())
+    made.add_adapter("other", hf.LoraConfig(r=2, target_modules=["a", "b"]))
+    return randomise(made).eval()
+
+
 def test_merging_is_hf_pefts_own_and_the_fused_op_reads_the_new_bytes(taken_over):
     fused = randomise(wrapped(model(torch.float32), CONFIGS["lora"]()))
     layer, x = fused.base_model.model.a, torch.randn(3, 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import prompt_models as pm
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import peftk
 from peftk import LoraConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, attach
+from peftk.nn import nf4_linear
 
 METHODS = {
     "prompt": lambda n: PromptTuningConfig(num_virtual_tokens=n),
@@ -96,6 +99,79 @@ def test_rows_train_their_own(method):
         grads[names[1]] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     has_b = {bool(p.abs().max()) for n, p in grads["b"].items() if ".b" in n}
     assert has_b == {True} and not any(p.abs().max() for n, p in grads["__base__"].items() if ".b" in n)
+
+
+def in_4_bits(config, base=lambda: peftk.nn.NF4Linear(64, 48)) -> nn.Module:
+    """One layer with adapters a and b that aren't zero."""
+    model = nn.Sequential(base())
+    for name in "ab":
+        attach(model, config(), name)
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: LoraConfig(r=4, target_modules=["0"]),
+        lambda: LoraConfig(r=4, target_modules=["0"], use_dora=True),
+        lambda: peftk.AdaLoraConfig(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=2, target_modules=["0"]),
+    ],
+    ids=["lora", "dora", "adalora"],
+)
+def test_a_layer_in_4_bits_has_all_rows_in_one_op(config, monkeypatch):
+    model, calls, op = in_4_bits(config), [], nf4_linear.nf4_lora_linear_rows
+    monkeypatch.setattr(nf4_linear, "nf4_lora_linear_rows", lambda *a: calls.append(1) or op(*a))
+    x, names = torch.randn(5, 3, 64, requires_grad=True), ["b", "__base__", "a", "b", "a"]
+    parameters = [p.requires_grad_() for name in "ab" for p in model[0].adapter_parameters(name)]
+    with peftk.adapters_per_row(model, names):
+        y = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), y)
+    assert len(calls) == (0 if getattr(model[0], "with_dora", None) else 2)
+    grads = torch.autograd.grad(y.sum(), (x, *parameters))
+    singles = []
+    for row, name in enumerate(names):
+        with peftk.disable_adapters(model) if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                model[0].set_active([name])
+            singles.append(model(x[row]))
+    torch.testing.assert_close(y, torch.stack(singles))
+    expected = torch.autograd.grad(torch.stack(singles).sum(), (x, *parameters))
+    for found, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", [lambda: peftk.nn.NF4Linear(64, 48), lambda: nn.Linear(64, 48)], ids=["nf4", "dense"])
+def test_rows_drop_out_by_their_own_adapter(base):
+    model = in_4_bits(lambda: LoraConfig(r=4, target_modules=["0"], lora_dropout=0.5), base).train()
+    model[0].dropout["b"] = 0.0
+    x = torch.ones(4, 1, 64).repeat(1, 200, 1)
+    with torch.no_grad(), peftk.adapters_per_row(model, ["a", "b", "__base__", "a"]):
+        noisy, quiet = model(x), model.eval()(x)
+    assert torch.equal(noisy[1:3], quiet[1:3]) and not torch.equal(noisy[0], noisy[3])
+    assert (noisy[0] != quiet[0]).any(-1).all()
+    share = (quiet[0] - quiet[2])[0].norm()
+    assert (noisy[0].mean(0) - quiet[0, 0]).norm() < 0.3 * share
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_rows_of_an_adapter_that_started_in_the_weight(start):
+    model = nn.Sequential(nn.Linear(64, 48))
+    attach(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=start), "a")
+    attach(model, LoraConfig(r=4, target_modules=["0"]), "b")
+    nn.init.normal_(model[0].lora_B["b"])
+    x, names = torch.randn(4, 2, 64), ["b", "__base__", "a", "b"]
+    with torch.no_grad(), peftk.adapters_per_row(model, names):
+        y = model(x)
+    for row, name in enumerate(names):
+        with torch.no_grad(), peftk.disable_adapters(model) if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                peftk.set_adapter(model, name)
+            torch.testing.assert_close(y[row], model(x[row]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_context_ends_and_nests():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from numerics import row_scaled
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftk.native import native
 from peftk.nn import DenseConv1D, DenseLinear
@@ -59,6 +60,29 @@ def test_forward_equals_the_origin(kind, shape, dtype):
     y = layer(x)
     assert y.shape == (*shape[:-1], 10) and y.dtype == dtype
     torch.testing.assert_close(y, origin(x))
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops that ran."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.__dict__.setdefault("names", set()).add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_strides_that_do_not_fold_take_no_batched_product():
+    """As those of hidden[:, -1:] in generation, of one sequence or several, and of no row: with a frozen W torch takes bmm, which
+    copies it for each."""
+    layer, origin, _ = make("linear", bias=False)
+    origin.requires_grad_(False)
+    for x in (torch.randn(1, 5, 24)[:, -1:], torch.randn(3, 5, 24)[:, -1:], torch.randn(2, 5, 24)[:, :0]):
+        with torch.no_grad():
+            with Ops() as theirs:
+                expected = origin(x)
+            with Ops() as ours:
+                y = layer(x)
+        torch.testing.assert_close(y, expected)
+        assert "bmm" not in ours.names and ("bmm" in theirs.names or x.numel() == 0)
 
 
 def test_no_bias():

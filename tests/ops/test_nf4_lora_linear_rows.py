@@ -14,18 +14,22 @@ from peftk.ops import nf4_linear, nf4_lora_linear, nf4_lora_linear_rows
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # b, rows of x an entry, k, n, ranks, index: all base, one adapter, adapters without rows, runs and mixtures, each way that the
-# CPU kernels take (one to four rows, strips, panels, several blocks of rows).
+# CPU kernels take (one to four rows, strips, panels).
 SHAPES = [
     (1, 1, 64, 16, (8,), (0,)),
     (3, 1, 80, 48, (4, 1, 3), (2, -1, 0)),
     (4, 1, 128, 40, (16, 8), (1, 0, 1, -1)),
-    (8, 1, 192, 49, (16, 3, 8, 64), (3, 0, 0, -1, 1, 3, 2, 1)),
+    (8, 5, 192, 49, (16, 3, 8, 64), (3, 0, 0, -1, 1, 3, 2, 1)),
     (5, 3, 33, 21, (5, 2), (0, 1, 0, -1, 1)),
     (9, 7, 128, 130, (16, 8, 1), (2, 2, 0, 1, -1, 0, 0, 2, 2)),
-    (2, 265, 4160, 17, (5, 4), (1, 0)),
     (2, 2, 64, 16, (8, 8), (-1, -1)),
     (2, 1, 64, 16, (), (-1, -1)),
     (0, 1, 64, 16, (4,), ()),
+]
+DEEP = (2, 265, 4160, 17, (5, 4), (1, 0))  # several blocks of rows
+CASES = [
+    *((*shape, dtype) for shape in SHAPES for dtype in DTYPES),
+    *(pytest.param(*DEEP, dtype, marks=[pytest.mark.full] if dtype != BF16 else []) for dtype in DTYPES),
 ]
 SCALES = (0.5, 2.0, 1.25, 0.75)
 
@@ -50,15 +54,17 @@ class Rows:
     def inputs(self):
         return [t for t in (self.x, self.z, self.bias) if t is not None]
 
-    def plain(self, dtype, dy, by_k):
-        """y and the gradients of the inputs, an adapter after the other by plain products in ``dtype``; by_k: the order of k."""
+    def plain(self, dtype, dy, order):
+        """y and the gradients of the inputs, an adapter after the other by plain products in ``dtype``, sums in that order."""
         x, z, bias = (None if t is None else t.detach().to(dtype).requires_grad_() for t in (self.x, self.z, self.bias))
         A, B = ([t.detach().to(dtype) for t in factors] for factors in (self.A, self.B))
-        y = functional.linear(x[..., by_k], self.w4.dequantize(FP32).to(dtype)[:, by_k], bias)
+        by_n, by_k = order(self.w4.shape[0]), order(self.w4.shape[1])
+        y = functional.linear(x[..., by_k], self.w4.dequantize(FP32).to(dtype)[by_n][:, by_k], bias[by_n])
         for i, scale in enumerate(self.scale):
-            rows = self.rows_of(i)
-            s = functional.linear((x if z is None else z)[rows][..., by_k], A[i][:, by_k])
-            y = y.index_add(0, rows, functional.linear(s, B[i]) * scale)
+            rows, by_r = self.rows_of(i), order(A[i].shape[0])
+            s = functional.linear((x if z is None else z)[rows][..., by_k], A[i][by_r][:, by_k])
+            y = y.index_add(0, rows, functional.linear(s, B[i][by_n][:, by_r]) * scale)
+        y = y[..., by_n.argsort()]
         return y, *torch.autograd.grad(y, [t for t in (x, z, bias) if t is not None], dy.to(dtype), materialize_grads=True)
 
     def rows_of(self, adapter):
@@ -73,8 +79,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("with_z", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("b,each,k,n,ranks,index", SHAPES)
+@pytest.mark.parametrize("b,each,k,n,ranks,index,dtype", CASES)
 def test_outputs_and_gradients(implementation, b, each, k, n, ranks, index, dtype, with_z):
     if implementation.partition("-")[0] not in ("reference", "cpu"):
         pytest.skip("the op has a reference and a CPU kernel; other devices run nf4_linear and torch's products")
@@ -84,9 +89,8 @@ def test_outputs_and_gradients(implementation, b, each, k, n, ranks, index, dtyp
     inputs = rows.inputs()
     results = y, *torch.autograd.grad(y, (*inputs, *rows.A, *rows.B), dy)
     assert y.shape == (b, each, n) and y.dtype == dtype
-    orders = torch.arange(k), torch.randperm(k), torch.randperm(k)
-    plains = [rows.plain(dtype, dy, by_k) for by_k in orders]
-    for at, exact in enumerate(rows.plain(torch.float64, dy, orders[0])):
+    plains = [rows.plain(dtype, dy, order) for order in (torch.arange, torch.randperm, torch.randperm)]
+    for at, exact in enumerate(rows.plain(torch.float64, dy, torch.arange)):
         assert_no_worse_than_twice_plain(results[at], [plain[at] for plain in plains], exact)
     for i in range(len(ranks)):
         for got, wanted in zip(results[1 + len(inputs) + i :: len(ranks)], rows.own_gradients(i, dy), strict=True):
