@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from bench.static.nvcc import ROOT
+from peftk.ops.gpu import LEAST_TRITON
 
 STORE = ROOT / "build" / "triton"
 CUDA_TARGETS = (75, 80, 90, 100, 120)
@@ -52,4 +54,8 @@ def gpu_target(target: int | str) -> Any:
 
 def why_not() -> str:
     """Why nothing can be compiled here; empty where it can."""
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    found = version("triton")
+    least = ".".join(map(str, LEAST_TRITON))
+    return "" if tuple(map(int, found.split(".")[:2])) >= LEAST_TRITON else f"triton is {found}, the kernels need {least}"
