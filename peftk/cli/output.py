@@ -24,6 +24,7 @@ from peftk.atomic import write_file
 from peftk.checkpoint import ENCODER
 from peftk.cli.errors import UserError
 from peftk.cli.training import Row
+from peftk.files import read_json
 
 logger = logging.getLogger("peftk.cli")
 
@@ -68,9 +69,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
+        raise UserError(str(error)) from error
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:

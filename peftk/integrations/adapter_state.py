@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import peftk
+from peftk.files import read_torch
 from peftk.methods.attach import attached, find_attached, wrappers
 
 logger = logging.getLogger("peftk")
@@ -66,5 +67,20 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str 
 
 def read_state(model: nn.Module, path: str | os.PathLike) -> None:
     """Fill the adapters in place with a ``state_file``. ValueError where it doesn't fit."""
-    incompatible = model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=False)
-    check_loaded(model, incompatible)
+    found, ours = read_torch(path), adapter_state(model)
+    _check_state(found, ours, path)
+    check_loaded(model, model.load_state_dict(found, strict=False))
+
+
+def _check_state(found: Any, ours: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Before any of it is loaded."""
+    if not isinstance(found, dict) or MARK not in found:
+        raise ValueError(f"{path}: expected tensors by name, {MARK} among them, got another object")
+    differing = sorted(map(str, set(found) ^ set(ours)))
+    if differing:
+        raise ValueError(f"{path}: expected the tensors of the model's adapters, got others or not all: {', '.join(differing)}")
+    for name, tensor in ours.items():
+        theirs = found[name]
+        if not isinstance(theirs, torch.Tensor) or theirs.shape != tensor.shape or theirs.dtype != tensor.dtype:
+            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, torch.Tensor) else type(theirs).__name__
+            raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)} {tensor.dtype}, got {got}")

@@ -178,6 +178,13 @@ class LoraConfig:
             model.get_submodule(path).add_adapter(name)
         return self._resolved(model, modules, paths, whole)
 
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """What ``inject`` would give to each layer and parameter, by path. ValueError as there."""
+        modules = visible_modules(model, _is_wrapper)
+        stacked = select_parameters(modules, self.target_parameters or (), self.lora_dropout)
+        paths = [*self.targets(model), *(f"{path}.{parameter}" for path, names in stacked.items() for parameter in names)]
+        return {path: self._rank_and_scaling(path)[0] for path in paths}
+
     def _rank_and_scaling(self, path: str) -> tuple[int, float]:
         rank = pattern_value(self.rank_pattern, path, self.r)
         alpha = pattern_value(self.alpha_pattern, path, self.lora_alpha)

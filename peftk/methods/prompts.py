@@ -57,6 +57,7 @@ class PromptConfig:
     TRAINING: ClassVar[tuple[str, ...]] = ()  # of these, those that don't change what a trained prompt computes
 
     _has_hf_task: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = False  # set on one that is read: the prompt is a tensor, and nothing that made it comes with it
 
     def __post_init__(self) -> None:
         if isinstance(self.modules_to_save, set | tuple):
@@ -125,6 +126,10 @@ class PromptConfig:
         """The encoder, for ``KIND.prompt_embeddings``. Fills in what the model says; ValueErrors come from here, before anything
         is in place."""
         raise NotImplementedError
+
+    def has_encoder(self) -> bool:
+        """Whether something makes the prompt in training."""
+        return False
 
     def arrangement(self) -> Callable | None:
         """Where the virtual tokens of an input-level prompt stand; None: in front."""
