@@ -10,7 +10,6 @@ import torch
 
 from peftk.cli.errors import UserError
 
-
 _HIGHEST_RATE = 768_000  # Hz, of any converter
 
 

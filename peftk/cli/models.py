@@ -86,8 +86,7 @@ def _open_folder(path: Path, task_type: str, labels: Sequence[str] | None) -> Op
     try:
         if is_whisper_ct2(path):
             return _with_head(*open_whisper(path), str(path), task_type, labels)
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config, tokenizer = _config_and_tokenizer(path)
         if getattr(config, "quantization_config", None):
             if task_type != "CAUSAL_LM":
                 raise UserError(f"--model {path}: a folder in 4 bits is read for --task causal-lm; give the dense one")
@@ -102,9 +101,24 @@ def _open_folder(path: Path, task_type: str, labels: Sequence[str] | None) -> Op
             output_loading_info=True,
             ignore_mismatched_sizes=labels is not None,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes than the config's
+        raise UserError(f"--model {path}: {_first_line(error)}") from error
     return Opened(model, tokenizer, _new_modules(told) if labels is not None else ())
+
+
+def _config_and_tokenizer(path: Path) -> tuple[Any, Any]:
+    transformers = require("transformers", "hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        return config, transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files raise whatever transformers' readers stumble over
+        raise UserError(f"--model {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _name_classes(config: Any, tokenizer: Any, labels: Sequence[str] | None) -> None:

@@ -64,14 +64,21 @@ def claim(folder: Path, overwrite: bool) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, None where it has none. UserError where it can't be read."""
+    """The run.json of a folder, None where it has none. UserError where it can't be read or isn't one."""
     path = folder / SETTINGS
     if not path.is_file():
         return None
     try:
-        return read_json(path)
+        run = read_json(path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        got = ", ".join(map(str, run)) if isinstance(run, dict) else type(run).__name__
+        raise UserError(f"{path}: expected a run with its settings, got {got or 'nothing'}")
+    labels = run.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path}: labels: expected the names of classes, got {labels!r:.200}")
+    return run
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:

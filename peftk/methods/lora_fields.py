@@ -79,6 +79,14 @@ def are_names(value: Any) -> bool:
     return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
 
 
+def are_layers(value: Any) -> bool:
+    """A number from 0, or a collection of them."""
+    numbers = [value] if isinstance(value, int) else value
+    return isinstance(numbers, list | tuple | set | range) and all(
+        isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers
+    )
+
+
 def is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:
     """Regular expressions with values that are right."""
     return isinstance(value, dict) and all(is_expression(key) and is_right(v) for key, v in value.items())

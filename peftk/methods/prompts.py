@@ -71,8 +71,20 @@ class PromptConfig:
         names = self.modules_to_save
         return {
             "num_virtual_tokens": (is_count(self.num_virtual_tokens), "a positive integer"),
-            "task_type": (self.task_type is None or self.task_type in TASKS, f"None or one of {', '.join(TASKS)}"),
+            **{
+                name: (isinstance(getattr(self, name), str | None), "a text or None")
+                for name in ("task_type", "base_model_name_or_path")
+            },
+            "task_type": (
+                isinstance(self.task_type, str | None) and self.task_type in (None, *TASKS),
+                f"None or one of {', '.join(TASKS)}",
+            ),
             "modules_to_save": (names is None or are_strings(names), "a list of names"),
+            "inference_mode": (isinstance(self.inference_mode, bool), "True or False"),
+            **{
+                name: (getattr(self, name) is None or is_count(getattr(self, name)), "None or a positive integer")
+                for name in ("token_dim", "num_layers", "num_attention_heads")
+            },
             "num_transformer_submodules": (self.num_transformer_submodules in (None, 1, 2), "None, 1 or 2"),
         }
 

@@ -33,6 +33,7 @@ from tests.reliability.mutate import Files, mutated  # noqa: E402
 
 SECONDS = 10  # of processor time that a case may take; the slowest good ones take a tenth
 BYTES = 256 << 20  # of address space beyond what the process has, for files of at most a few hundred KB
+NO_MEMORY = "can't allocate memory"  # as torch says it
 REFUSED, TAKEN = "refused", "taken"
 
 
@@ -77,11 +78,15 @@ def outcome(format: Format, files: Files, folder: Path) -> tuple[str, str]:
     """(REFUSED, the message), (TAKEN, "") or (what went wrong, where)."""
     put(files, folder)
     try:
-        with limits(), contextlib.redirect_stdout(sys.stderr):
+        with limits(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             try:
                 found = format.load(folder)
+            except (MemoryError, WrongState):
+                raise
             except format.refusals as error:
                 message = str(error)
+                if NO_MEMORY in message:
+                    raise
                 return (REFUSED, message) if message else ("refused without a word", traceback.format_exc())
             format.check(found, folder)
         return TAKEN, ""
@@ -90,7 +95,7 @@ def outcome(format: Format, files: Files, folder: Path) -> tuple[str, str]:
     except (MemoryError, WrongState) as error:
         return type(error).__name__, traceback.format_exc()
     except BaseException as error:  # whatever it is, it is a finding
-        kind = "allocation" if "can't allocate memory" in str(error) else type(error).__name__
+        kind = "allocation" if NO_MEMORY in str(error) else type(error).__name__
         return kind, traceback.format_exc()
 
 
@@ -120,7 +125,7 @@ def main() -> None:
     format = formats()[name]
     samples = format.samples()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    with tempfile.TemporaryDirectory() as where, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with tempfile.TemporaryDirectory() as where:
         for sample in samples:  # a sample that isn't taken would make the whole run a lie
             found = outcome(format, sample, Path(where) / "case")
             if found[0] != TAKEN:

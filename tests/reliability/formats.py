@@ -30,7 +30,7 @@ from peftk.nn import NF4Linear
 from peftk.nn.sharding import constants_as_parameters
 from tests.reliability.mutate import Files
 
-GIVEN = (ValueError, TypeError, FileNotFoundError)  # what functions raise for what they were given
+GIVEN = (ValueError, FileNotFoundError)  # what functions raise for what they were given
 
 
 @dataclass(frozen=True)
@@ -381,15 +381,15 @@ def check_wave(samples: torch.Tensor, folder: Path) -> None:
 
 
 FORMATS = (
-    Format("nf4_weight", 20, lambda: [{"weight.safetensors": save(w.state_dict("layer."))} for w in weights()], load_weight,
+    Format("nf4_weight", 28, lambda: [{"weight.safetensors": save(w.state_dict("layer."))} for w in weights()], load_weight,
            check_weight, (*GIVEN, SafetensorError)),
-    Format("nf4_linear", 10, layer_samples, load_layer, check_layer, (*GIVEN, SafetensorError)),
-    Format("adapter", 20, adapter_samples, lambda folder: loaded(net(), folder / "a"),
+    Format("nf4_linear", 14, layer_samples, load_layer, check_layer, (*GIVEN, SafetensorError)),
+    Format("adapter", 12, adapter_samples, lambda folder: loaded(net(), folder / "a"),
            lambda model, folder: check_adapter(model, net(), run_net)),
-    Format("adapter_state", 4, state_samples, load_state, check_state),
-    Format("optimizer", 20, optimizer_samples, load_optimizer, check_optimizer),
-    Format("resume", 10, resume_samples, load_resume, check_resume, (*GIVEN, UserError)),
-    Format("records", 4, record_samples, load_records, check_records, (UserError,)),
-    Format("wave", 4, wave_samples, lambda folder: read_wave(folder / "a.wav", 16000, 1.0, "--data line 1"), check_wave,
+    Format("adapter_state", 3, state_samples, load_state, check_state),
+    Format("optimizer", 19, optimizer_samples, load_optimizer, check_optimizer, (*GIVEN, TypeError)),
+    Format("resume", 5, resume_samples, load_resume, check_resume, (*GIVEN, UserError)),
+    Format("records", 8, record_samples, load_records, check_records, (UserError,)),
+    Format("wave", 8, wave_samples, lambda folder: read_wave(folder / "a.wav", 16000, 1.0, "--data line 1"), check_wave,
            (UserError,)),
 )  # fmt: skip

@@ -51,9 +51,9 @@ class Child:
 
     def __init__(self, name: str, seed: int):
         command = [sys.executable, "-m", "tests.reliability.child", name, str(seed)]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        self._errors = tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self.samples: list[str] = []
@@ -72,7 +72,9 @@ class Child:
         except queue.Empty:
             raise TimeoutError(f"silent for {SILENCE} s") from None
         if line is None:
-            raise EOFError(f"dead, exit status {self._process.wait()}")
+            status = self._process.wait()
+            self._errors.seek(0)
+            raise EOFError(f"{self._errors.read()[-2000:]}\ndead, exit status {status}")
         return json.loads(line)
 
     def run(self, start: int, stop: int) -> Iterator[tuple[int, str, float, str]]:

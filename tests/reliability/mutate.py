@@ -9,6 +9,7 @@ import pickle
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,22 @@ Files = dict[str, bytes]
 
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**60, 2**63 - 1, 2**64, -(2**63), 10**30)
 FLOATS = (0.0, -0.0, 0.5, -1.5, 1e-320, 1e38, 1e308, float("inf"), float("-inf"), float("nan"))
-TEXTS = ("", "x", "..", "../../x", "/etc/passwd", "__class__", "weight", "(", "(a+)+$", "\x00", "\ud800", "é" * 40, "9" * 400, "nf4")
+TEXTS = (
+    "",
+    "x",
+    "..",
+    "../../x",
+    "/etc/passwd",
+    "__class__",
+    "weight",
+    "(",
+    "(a+)+$",
+    "\x00",
+    "\ud800",
+    "é" * 40,
+    "9" * 400,
+    "nf4",
+)
 ODD = (None, True, False, [], {}, [[]], {"": {}}, [None], ["../x"], [0, -1], [2**40], {"a": 1})
 
 
@@ -27,7 +43,10 @@ def mutated(files: Files, pick: random.Random) -> Files:
     names = sorted(files)
     name = pick.choice(names)
     if pick.random() < 0.02:
-        return {**{n: b for n, b in files.items() if n != name}, **pick.choice([{}, {name: b""}, {name: files[pick.choice(names)]}])}
+        return {
+            **{n: b for n, b in files.items() if n != name},
+            **pick.choice([{}, {name: b""}, {name: files[pick.choice(names)]}]),
+        }
     content = files[name]
     for _ in range(pick.choice((1, 1, 1, 2, 3))):
         kinds = [raw, *([f for ending, f in MEANING.items() if name.endswith(ending)] * 3)]
@@ -227,7 +246,7 @@ def in_torch(content: bytes, pick: random.Random) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = {info.filename: archive.read(info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, EOFError):
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, NotImplementedError, RuntimeError, EOFError):
         return raw(content, pick)
     if not parts:
         return raw(content, pick)
