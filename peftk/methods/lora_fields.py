@@ -55,7 +55,7 @@ _REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT)
 
 
 def _codes(parsed: Any, within: bool) -> Iterator[tuple[bool, Any, int]]:
-    """(whether it stands inside a repetition, what, how often at most) of each repetition, branch and group that is referred to."""
+    """(whether it stands inside a repetition, what, how often at most) of each repetition, branch and reference to a group."""
     for code, argument in parsed:
         if code in _REPEATS:
             least, most, body = argument

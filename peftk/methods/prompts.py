@@ -71,14 +71,8 @@ class PromptConfig:
         names = self.modules_to_save
         return {
             "num_virtual_tokens": (is_count(self.num_virtual_tokens), "a positive integer"),
-            **{
-                name: (isinstance(getattr(self, name), str | None), "a text or None")
-                for name in ("task_type", "base_model_name_or_path")
-            },
-            "task_type": (
-                isinstance(self.task_type, str | None) and self.task_type in (None, *TASKS),
-                f"None or one of {', '.join(TASKS)}",
-            ),
+            "base_model_name_or_path": (isinstance(self.base_model_name_or_path, str | None), "a text or None"),
+            "task_type": (self.task_type is None or self.task_type in TASKS, f"None or one of {', '.join(TASKS)}"),
             "modules_to_save": (names is None or are_strings(names), "a list of names"),
             "inference_mode": (isinstance(self.inference_mode, bool), "True or False"),
             **{

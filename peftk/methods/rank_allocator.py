@@ -160,7 +160,7 @@ class RankAllocator:
             "kept": (isinstance(kept, dict) and all(map(_is_mask, kept.values())), "a mask of rows for each path"),
             "history": (_is_history(state["history"]), "pairs of a step and the ranks by path"),
             **{
-                name: (_are_shaped(state[name], shapes), "nothing or an fp32 tensor of the shape of each A, E and B")
+                name: (_are_shaped(state[name], shapes), "nothing or a finite fp32 tensor of the shape of each A, E and B")
                 for name in ("sensitivity", "uncertainty")
             },
         }
@@ -210,7 +210,10 @@ def _are_shaped(tensors: Any, shapes: list[tuple[int, int]]) -> bool:
     if not isinstance(tensors, list | tuple) or len(tensors) not in (0, len(shapes)):
         return False
     return all(
-        isinstance(t, torch.Tensor) and t.dtype == torch.float32 and tuple(t.shape) == shape and t.layout == torch.strided
+        isinstance(t, torch.Tensor)
+        and (t.dtype, t.layout, tuple(t.shape)) == (torch.float32, torch.strided, shape)
+        and not t.is_meta
+        and bool(whole(torch.isfinite(t).all()))
         for t, shape in zip(tensors, shapes, strict=False)
     )
 

@@ -336,9 +336,11 @@ def check_resume(found: Any, folder: Path) -> None:
     progress, model, optimizer = found
     holds(isinstance(progress.step, int) and all(isinstance(row.step, int) for row in progress.rows), "steps are no integers")
     progress.tokens_per_second + 0.0  # noqa: B018
-    if all(bool(torch.isfinite(p).all()) for p in peftk.trainable_parameters(model)):
-        model(torch.arange(11).view(1, 11)).square().mean().backward()
+    model(torch.arange(11).view(1, 11)).square().mean().backward()
+    try:
         optimizer.step()
+    except ValueError as error:  # weights of 1e38
+        holds("expected finite gradients" in str(error), str(error))
 
 
 # ---- records and recordings -----------------------------------------------------------------------------------------

@@ -176,16 +176,14 @@ def _run_chunks(name: str, seed: int, todo: list[tuple[int, int]], log: Log, ste
         several = [todo.pop(0)]
         while todo and todo[0][0] == several[-1][1]:
             several.append(todo.pop(0))
-        chunks, tally = iter(several), Tally()
-        chunk = next(chunks)
+        tally, ends = Tally(), {stop: start for start, stop in several}
 
-        def note(answer: tuple[int, str, float, str]) -> None:
-            nonlocal tally, chunk
+        def note(answer: tuple[int, str, float, str], tally: Tally = tally, ends: dict[int, int] = ends) -> None:
             add(tally, answer)
             step(1)
-            if answer[0] + 1 == chunk[1]:
-                log.write(name, *chunk, tally)
-                tally, chunk = Tally(), next(chunks, (0, 0))
+            if (stop := answer[0] + 1) in ends:
+                log.write(name, ends[stop], stop, tally)
+                tally.__init__()
 
         run_format(name, seed, several[0][0], several[-1][1], note)
 

@@ -245,5 +245,5 @@ FORMATS = (
     Format("quantised", 1, quantised_samples, load_quantised, check_quantised, (UserError,)),
     Format("bitsandbytes", 1, quantised_samples, load_ours, check_quantised, (Exception,)),  # transformers reads
     Format("whisper_ct2", 2, whisper_samples, load_whisper, check_whisper, (UserError,)),
-    Format("generate", 1, generate_samples, load_generate, lambda status, folder: holds(status == 0, f"status {status}"), (Ended,)),
+    Format("generate", 1, generate_samples, load_generate, lambda status, _: holds(status == 0, f"status {status}"), (Ended,)),
 )  # fmt: skip
