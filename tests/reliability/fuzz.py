@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("fuzz.csv")
 CHUNK = 250  # cases between two notes of what is done
-SILENCE = 120  # seconds without a word, after which a process is taken for hung
+SILENCE = 900  # seconds without a word, after which a process is taken for hung; a busy machine takes minutes to start one
 COLUMNS = ("date", "commit", "machine", "python", "torch", "seed", "format", "cases", "refused", "taken", "failed", "slowest s")
 
 
