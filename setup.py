@@ -2,6 +2,7 @@
 which peftk.info() shows, and the reference implementation runs."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
+            *(f"-UPEFTK_{option}" for option in ("CUDA", "GPUS", "TIERS", "SANITIZE")),  # an earlier build's are forgotten
             *os.environ.get("PEFTK_CMAKE_ARGS", "").split(),
         ]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
@@ -48,7 +50,14 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
+def version() -> str:
+    """peftk/version.py's, and behind it what a wheel is for, as torch has it: PEFTK_VERSION_LABEL=cu130 makes 0.1.0+cu130."""
+    label = os.environ.get("PEFTK_VERSION_LABEL", "")
+    return runpy.run_path(str(ROOT / "peftk" / "version.py"))["VERSION"] + (f"+{label}" if label else "")
+
+
 setup(
+    version=version(),
     # bitsandbytes loads peftk_bitsandbytes: a package of its own, which can be imported where peftk can't
     packages=[*find_packages(include=["peftk", "peftk.*"]), "peftk_bitsandbytes"],
     package_dir={"peftk_bitsandbytes": "peftk/integrations/bitsandbytes/entry"},

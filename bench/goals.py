@@ -98,3 +98,31 @@ def named_peers(goals: AnyGoal | Sequence[AnyGoal]) -> Iterator[str]:
     for goal in as_goals(goals):
         if isinstance(goal, Goal):
             yield from goal.peers()
+
+
+@dataclass(frozen=True)
+class PartGoal:
+    """Of ``ranks`` processes each holds its part of what one would hold, and at most ``more`` of that beside it."""
+
+    ranks: int
+    more: float = 0.02
+
+    def __str__(self) -> str:
+        return f"1/{self.ranks} of one process"
+
+    def judge(self, held: int, alone: int) -> Verdict:
+        """Bytes of one of them, and of one process by itself."""
+        return Verdict(str(self), f"1/{alone / held:.3g}", held <= alone / self.ranks * (1 + self.more))
+
+
+@dataclass(frozen=True)
+class PlanGoal:
+    """Just so many bytes, which the planner calculated."""
+
+    planned: int
+
+    def __str__(self) -> str:
+        return f"{self.planned / 1e6:.3f} MB, as planned"
+
+    def judge(self, counted: int) -> Verdict:
+        return Verdict(str(self), f"{counted / 1e6:.3f} MB", counted == self.planned)

@@ -85,6 +85,8 @@ class Row:
     verdicts: tuple[Verdict, ...] = ()  # on our row
     note: str = ""
     extra: int | None = None  # bytes of memory beyond inputs and results, where that is what is measured
+    p10: float | None = None  # s
+    extra_spread: tuple[int, int] | None = None  # p10 and p90 of ``extra``
 
 
 def measure_case(case: Case, limits: Limits, rounds: int, budget: float = BUDGET, least: int = LEAST_ROUNDS) -> list[Row]:
@@ -155,6 +157,7 @@ def rows_of(case: Case, limits: Limits, times: dict[str, list[float]], errors: d
             errors.get(who),
             None if ours is None or who == ours else p50 / medians[ours],
             note=candidate.note,
+            p10=percentile(times[who], 0.1),
         )
         if who == ours:
             outcome = Outcome(ours, medians, row.share, limits.binding(work))

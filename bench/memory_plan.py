@@ -12,7 +12,6 @@ finetune`` measures with `peftk finetune`'s own setting, under which the heap ke
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
@@ -22,12 +21,19 @@ from pathlib import Path
 
 import torch
 
+from bench import report
 from peftk import planner
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 3  # the optimizer's states are there from the second on
 GIVE_BACK = 64 << 10  # bytes, from which a block is given back as it is freed
-FIELDS = ("model", "method", "base", "batch", "length", "checkpointing", "malloc", "predicted", "measured", "ratio", "largest")
+GIVEN_BACK, FINETUNE = "given back", "finetune"  # settings of malloc
+WITHIN = 0.05  # of the peak that is measured: the goal
+GOAL = f"within {WITHIN:.0%} of the peak"
+PATH = ROOT / "bench" / "results" / "memory-plan.csv"
+WHERE = ("date", "commit", "machine", "torch", "transformers")
+POINT = ("model", "method", "base", "batch", "length", "checkpointing", "malloc")
+FIELDS = (*WHERE, *POINT, "predicted", "measured", "ratio", "goal", "met", "largest")
 METHODS = ("qlora", "lora", "dora", "adalora", "prefix", "prompt", "ptuning", "ptuning-v2")
 
 Row = dict[str, object]
@@ -39,26 +45,33 @@ def rows(length: int = 256) -> list[Row]:
     for method in METHODS:
         for base in ("nf4",) if method == "qlora" else ("dense", "nf4"):
             for checkpointing in (False, True):
-                found.append(_row("smollm2-135m", method, base, 1, length, checkpointing))
-    found += [_row("smollm2-135m", "full", "dense", 1, length, checkpointing) for checkpointing in (False, True)]
-    found += [_row("smollm2-135m", "qlora", "nf4", 4, length, False), _row("smollm2-135m", "lora", "dense", 4, length, False)]
+                found.append(row("smollm2-135m", method, base, 1, length, checkpointing))
+    found += [row("smollm2-135m", "full", "dense", 1, length, checkpointing) for checkpointing in (False, True)]
+    found += [row("smollm2-135m", "qlora", "nf4", 4, length, False), row("smollm2-135m", "lora", "dense", 4, length, False)]
     for method, base in (("qlora", "nf4"), ("lora", "dense")):
-        found += [_row("tinyllama-1.1b", method, base, 1, length, checkpointing) for checkpointing in (False, True)]
+        found += [row("tinyllama-1.1b", method, base, 1, length, checkpointing) for checkpointing in (False, True)]
     return found
 
 
-def _row(model: str, method: str, base: str, batch: int, length: int, checkpointing: bool) -> Row:
+def row(model: str, method: str, base: str, batch: int, length: int, checkpointing: bool) -> Row:
+    """A case."""
     return dict(model=model, method=method, base=base, batch=batch, length=length, checkpointing=checkpointing)
 
 
-def predicted(row: Row) -> planner.Plan:
+def predicted(row: Row, malloc: str = GIVEN_BACK) -> planner.Plan:
     """By `peftk memory`'s own code."""
     from peftk.cli.memory import plan_of
 
-    return plan_of(_arguments(row), _choice(row))
+    return plan_of(_arguments(row), _choice(row, malloc))
 
 
-def measured(row: Row, malloc: str = "given back") -> int:
+def read(path: Path = PATH) -> list[dict[str, str]]:
+    """The recorded rows, the newest of each case. ValueError where the file has other columns."""
+    newest = {tuple(line[name] for name in POINT): line for line in report.read(path, (FIELDS,))}
+    return list(newest.values())
+
+
+def measured(row: Row, malloc: str = GIVEN_BACK) -> int:
     """Bytes above those after import; RuntimeError with what the process said where it fails."""
     command = [sys.executable, "-m", "bench.memory_plan", "--child", json.dumps({**row, "malloc": malloc})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -72,9 +85,9 @@ def _arguments(row: Row) -> argparse.Namespace:
     return argparse.Namespace(model=row["model"], dtype="bf16", method=row["method"])
 
 
-def _choice(row: Row) -> planner.Choice:
+def _choice(row: Row, malloc: str = GIVEN_BACK) -> planner.Choice:
     step = planner.Step(row["batch"], row["length"], row["checkpointing"], device_type="cpu")
-    return planner.Choice(step, planner.Machine(), row["base"], None, row["method"])
+    return planner.Choice(step, planner.Machine(keeps_freed=malloc == FINETUNE), row["base"], None, row["method"])
 
 
 def _child(row: Row) -> int:
@@ -87,7 +100,7 @@ def _child(row: Row) -> int:
     from peftk.cli.process_memory import keep_freed_memory
 
     libc = ctypes.CDLL(None)
-    if row["malloc"] == "finetune":
+    if row["malloc"] == FINETUNE:
         keep_freed_memory()
     else:
         libc.mallopt(-3, GIVE_BACK)  # M_MMAP_THRESHOLD
@@ -102,7 +115,9 @@ def _child(row: Row) -> int:
     if row["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = peftk.trainable_parameters(model)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    # finetune's own; it trains no whole model, and of one in bf16 torch's moments are bf16 too, the planner's are fp32
+    kind = peftk.optim.AdamW if row["method"] == "full" else torch.optim.AdamW
+    optimizer = kind(trained, lr=1e-4)
     schedule = peftk.adalora_schedule(model, optimizer) if row["method"] == "adalora" else None
     gc.collect()
     libc.malloc_trim(0)
@@ -124,38 +139,49 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def finished(case: Row, malloc: str, plan: planner.Plan, found: int, provenance: report.Provenance) -> dict[str, str]:
+    """A line of the file, with its goal."""
+    facts = provenance.cells() | {"transformers": report.version_of("transformers")}
+    ratio = plan.total / found
+    figures = {
+        "predicted": plan.total,
+        "measured": found,
+        "ratio": f"{ratio:.4f}",
+        "goal": GOAL,
+        "met": "met" if abs(ratio - 1) <= WITHIN else "missed",
+        "largest": max(plan.parts, key=plan.parts.get),
+    }
+    return {name: str(value) for name, value in ({k: facts[k] for k in WHERE} | case | {"malloc": malloc} | figures).items()}
+
+
+def record(line: dict[str, str], path: Path = PATH) -> None:
+    """Put a line into the file, in the place of an older one of the same case."""
+    there = {tuple(old[name] for name in POINT): old for old in (report.read(path, (FIELDS,)) if path.exists() else [])}
+    report.write_csv(path, FIELDS, (there | {tuple(line[name] for name in POINT): line}).values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--malloc", choices=("given back", "finetune"), default="given back")
-    parser.add_argument("--record", type=Path, help="a CSV to append to")
+    parser.add_argument("--malloc", choices=(GIVEN_BACK, FINETUNE), default=GIVEN_BACK)
+    parser.add_argument("--record", action="store_true", help=f"write the rows to {PATH.relative_to(ROOT)}")
     arguments = parser.parse_args()
     if arguments.child:
         print(_child(json.loads(arguments.child)))
         return
-    for row in rows(arguments.length):
-        name = " ".join(map(str, row.values()))
+    torch.set_num_threads(1)
+    provenance = report.Provenance.here()
+    for case in rows(arguments.length):
+        name = " ".join(map(str, case.values()))
         if arguments.only not in name:
             continue
-        plan = predicted(row)
-        found = measured(row, arguments.malloc)
-        largest = max(plan.parts, key=plan.parts.get)
-        done = {**row, "malloc": arguments.malloc, "predicted": plan.total, "measured": found, "largest": largest}
-        done["ratio"] = round(plan.total / found, 4)
-        print(f"{name:<48} {plan.total / 1e6:9.1f} MB predicted {found / 1e6:9.1f} measured {done['ratio']:.3f}", flush=True)
+        line = finished(case, arguments.malloc, predicted(case, arguments.malloc), measured(case, arguments.malloc), provenance)
+        figures = f"{float(line['predicted']) / 1e6:9.1f} MB predicted {float(line['measured']) / 1e6:9.1f} measured"
+        print(f"{name:<48} {figures} {line['ratio']} {line['met']}", flush=True)
         if arguments.record:
-            _append(arguments.record, done)
-
-
-def _append(path: Path, row: Row) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+            record(line)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ WHERE = ("date", "commit", "machine", "threads", "isa", *PACKAGES)
 LIMITS = ("limit_read_gb_s", "limit_write_gb_s", "limit_copy_gb_s", "limit_bf16_gflop_s", "limit_fp32_gflop_s")
 FIGURES = ("op", "case", "who", "p50_ms", "p90_ms", "rounds", "gb_s", "gflop_s", "share", "error", "ratio", "goal", "met", "note")
 FIRST_COLUMNS = (*WHERE, *FIGURES, *LIMITS)  # of the files before the others came
-COLUMNS = (*FIRST_COLUMNS, "reached", "extra_mb", "limit_bf16_registers_gflop_s", "limit_fp32_registers_gflop_s")
+REGISTERS = ("limit_bf16_registers_gflop_s", "limit_fp32_registers_gflop_s")
+SECOND_COLUMNS = (*FIRST_COLUMNS, "reached", "extra_mb", *REGISTERS)
+COLUMNS = (*SECOND_COLUMNS, "p10_ms", "extra_p10_mb", "extra_p90_mb", "transformers")
 TIERS = ("reference", "scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 NONE = "–"
 
@@ -49,7 +51,7 @@ class Provenance:
     def here(cls) -> Provenance:
         return cls(
             datetime.date.today().isoformat(),
-            _commit(),
+            commit_name(),
             machine_name(),
             torch.get_num_threads(),
             isa.forced() or peftk.info().cpu_tier or "reference",
@@ -78,7 +80,9 @@ def machine_name(cpuinfo: str | None = None, cores: int | None = None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
-def _commit() -> str:
+def commit_name() -> str:
+    """Short, with a + where sources differ from it; why not where there is no git."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -106,7 +110,7 @@ UNITS = {"ms": (1e3, "{:.3f}"), "us": (1e6, "{:.2f}")}  # per second, and how th
 
 def table(rows: Iterable[Row], unit: str = "ms") -> str:
     """The rows of an op as text, a block a case; times in a unit of UNITS."""
-    header = ("", f"p50 {unit}", f"p90 {unit}", "extra MB", "GB/s", "GFLOP/s", "of limit", "error", "peftk is", "")
+    header = ("", f"p10 {unit}", f"p50 {unit}", f"p90 {unit}", "extra MB", "GB/s", "GFLOP/s", "of limit", "error", "peftk is", "")
     lines: list[Sequence[str]] = []
     case = None
     for row in rows:
@@ -116,6 +120,7 @@ def table(rows: Iterable[Row], unit: str = "ms") -> str:
         lines.append(
             (
                 f"  {row.who}",
+                _figure(row.p10, *UNITS[unit]),
                 _figure(row.p50, *UNITS[unit]),
                 _figure(row.p90, *UNITS[unit]),
                 _figure(row.extra, 1e-6, "{:.1f}"),
@@ -152,7 +157,7 @@ def record(op: str, rows: Sequence[Row], limits: Limits, provenance: Provenance,
     others."""
     path = folder / f"{provenance.machine}.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or _columns(path) != COLUMNS:
+    if not path.exists() or columns_of(path) != COLUMNS:
         write_csv(path, COLUMNS, read(path) if path.exists() else [])
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -160,10 +165,10 @@ def record(op: str, rows: Sequence[Row], limits: Limits, provenance: Provenance,
     return path
 
 
-def read(path: Path, known: Sequence[tuple[str, ...]] = (COLUMNS, FIRST_COLUMNS)) -> list[dict[str, str]]:
+def read(path: Path, known: Sequence[tuple[str, ...]] = (COLUMNS, SECOND_COLUMNS, FIRST_COLUMNS)) -> list[dict[str, str]]:
     """The rows of a results file, oldest first, with the columns that came first in ``known``, the newest. ValueError where it
     has columns of none of them."""
-    columns = _columns(path)
+    columns = columns_of(path)
     if columns not in known:
         raise ValueError(f"{path}: expected the columns {', '.join(known[0])}, got {', '.join(columns)}")
     with path.open(newline="") as file:
@@ -179,7 +184,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, st
     write_file(path, text.getvalue().encode())
 
 
-def _columns(path: Path) -> tuple[str, ...]:
+def columns_of(path: Path) -> tuple[str, ...]:
+    """A CSV's first line."""
     with path.open(newline="") as file:
         return tuple(next(csv.reader(file), ()))
 
@@ -191,6 +197,7 @@ def number(value: float | None, factor: float = 1.0) -> str:
 
 def row_cells(op: str, row: Row) -> dict[str, str]:
     """A row's own columns."""
+    low, high = row.extra_spread or (None, None)
     return {
         "op": op,
         "case": row.case,
@@ -208,6 +215,10 @@ def row_cells(op: str, row: Row) -> dict[str, str]:
         "reached": "; ".join(verdict.reached for verdict in row.verdicts),
         "note": row.note,
         "extra_mb": number(row.extra, 1e-6),
+        "p10_ms": number(row.p10, 1e3),
+        "extra_p10_mb": number(low, 1e-6),
+        "extra_p90_mb": number(high, 1e-6),
+        "transformers": version_of("transformers"),
     }
 
 
@@ -216,7 +227,7 @@ def limit_cells(limits: Limits) -> dict[str, str]:
     floats = (torch.bfloat16, torch.float32)
     rates = (limits.read, limits.write, limits.copy, *(limits.matmul[dtype] for dtype in floats))
     registers = (limits.peak.get(dtype) for dtype in floats)
-    return {name: number(rate, 1e-9) for name, rate in zip((*LIMITS, *COLUMNS[-2:]), (*rates, *registers), strict=True)}
+    return {name: number(rate, 1e-9) for name, rate in zip((*LIMITS, *REGISTERS), (*rates, *registers), strict=True)}
 
 
 # ---- README -----------------------------------------------------------------------------------------------------------------
@@ -229,7 +240,7 @@ def rewrite_readme(results: Path, headlines: Mapping[str, str], readme: Path = R
 
 def of_all_machines(folder: Path = RESULTS) -> list[dict[str, str]]:
     """The rows of every machine's file; files of other columns, and sweeps, are none."""
-    files = [path for path in sorted(folder.glob("*.csv")) if _columns(path) in (COLUMNS, FIRST_COLUMNS)]
+    files = [path for path in sorted(folder.glob("*.csv")) if columns_of(path) in (COLUMNS, SECOND_COLUMNS, FIRST_COLUMNS)]
     return [row for path in files for row in read(path) if path.stem == row["machine"]]
 
 
@@ -259,9 +270,9 @@ def markdown(rows: Sequence[dict[str, str]], headlines: Mapping[str, str]) -> st
         cells = (_ms(ours), _cell(ours, "gb_s", "{:.1f}"), _cell(ours, "gflop_s", "{:.0f}"), _percent(ours))
         cells = (f"`{ours['op']}`", ours["isa"], ours["case"], *cells, _cell(ours, "error", "{:.1e}"), goal)
         lines.append(f"| {' | '.join(cells)} | {'<br>'.join(map(_peer, others)) or NONE} |")
-    for stamp in dict.fromkeys(_stamp(run[0]) for run in shown):
-        ops = ", ".join(f"`{run[0]['op']}`" for run in shown if _stamp(run[0]) == stamp)
-        lines += ["", f"{ops}: {stamp}"]
+    for told in dict.fromkeys(stamp(run[0]) for run in shown):
+        ops = ", ".join(f"`{run[0]['op']}`" for run in shown if stamp(run[0]) == told)
+        lines += ["", f"{ops}: {told}"]
     return "\n".join(lines)
 
 
@@ -282,7 +293,8 @@ def _headline(runs: Iterable[list[dict[str, str]]], op: str, begins: str, on: st
     return max(fitting, key=lambda run: TIERS.index(run[0]["isa"]), default=None)
 
 
-def _stamp(row: dict[str, str]) -> str:
+def stamp(row: dict[str, str]) -> str:
+    """When and where a row was measured, and with what."""
     versions = ", ".join(f"{name} {row[name]}" for name in PACKAGES)
     return f"{row['date']}, commit {row['commit']}: {row['machine']}, {row['threads']} threads, {row['isa']}; {versions}."
 

@@ -14,6 +14,7 @@
 #include "ops/nf4_linear/op.h"
 #include "ops/nf4_linear_int8/op.h"
 #include "ops/nf4_lora_linear/op.h"
+#include "ops/nf4_lora_linear_rows/op.h"
 #include "ops/nf4_quantize/op.h"
 #include "ops/philox_dropout/op.h"
 #ifdef PEFTK_WITH_CUDA
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_C, m) {
   PEFTK_OP(nf4_linear_many);
   PEFTK_OP(nf4_lora_linear);
   PEFTK_OP(nf4_lora_linear_backward);
+  PEFTK_OP(nf4_lora_linear_rows);
+  PEFTK_OP(nf4_lora_linear_rows_backward);
   PEFTK_OP(nf4_quantize);
   PEFTK_OP(philox_dropout);
 }

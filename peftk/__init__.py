@@ -44,8 +44,10 @@ from peftk.methods import (
 from peftk.nn import quantize_model, use_int8_activations
 from peftk.ops import quantize_nf4
 from peftk.ops.dispatch import use
+from peftk.version import VERSION as __version__
 
 __all__ = [
+    "__version__",
     # weights
     "NF4Weight",
     "quantize_nf4",

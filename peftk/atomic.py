@@ -28,7 +28,7 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -47,18 +47,32 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if not file.is_symlink():
-                _sync(file)
-        _sync(temporary)
+        _sync_all(temporary)
     except BaseException:
         shutil.rmtree(temporary)
         raise
+    _publish(temporary, path)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Let a finished folder, on the same file system, take the place ``path``, as ``write_folder`` does."""
+    _sync_all(folder)
+    _publish(folder, path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
     try:
         _take_place(temporary, path)
     except OSError as error:
         raise OSError(f"{path}: can't be replaced ({error}); the finished files lie in {temporary}") from error
-    _sync(path.parent)
+    sync(path.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if not file.is_symlink():
+            sync(file)
+    sync(folder)
 
 
 def carry_over(old: str | os.PathLike, new: Path, without: Collection[str]) -> None:
@@ -107,7 +121,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Let the disk have a file, or a folder's names."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:

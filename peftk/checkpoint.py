@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,13 @@ def load_adapter(
     """
     check_new_name(model, adapter_name)
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder)
     path, tensors = _read_tensors(folder)
     config.inference_mode = not is_trainable
     _check_fits(config, model, tensors, folder, is_trainable)
     state = find_attached(model)
     before = None if state is None else list(state.active)
-    try:
-        attach(model, config, adapter_name)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    attach_empty(model, config, folder, adapter_name)
     try:
         _load_encoders(model, adapter_name, folder / ENCODER)
         _fill(model, adapter_name, tensors, path)
@@ -110,6 +108,16 @@ def load_adapter(
             set_adapter(model, before)
         raise
     return model
+
+
+def attach_empty(model: nn.Module, config: Any, folder: Path, adapter_name: str = "default") -> None:
+    """Attach the adapter of a folder, whose config this is, without its tensors. ValueError names the folder's config."""
+    try:
+        if isinstance(config, LoraConfig):
+            check_file(config, model)
+        attach(model, config, adapter_name)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str, for_file: bool = False) -> dict[str, torch.Tensor]:
@@ -158,7 +166,9 @@ def _file_key(key: str, prefix: str = PREFIX) -> str:
     return prefix + _TRANSPARENT.sub("", key)
 
 
-def _read_config(path: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """The config of the adapter in a folder. FileNotFoundError, or ValueError for what isn't supported, names the file."""
+    path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a folder with an adapter holds {CONFIG} and {TENSORS}")
     fields = read_json(path)
@@ -248,17 +258,9 @@ def _check_same(path: Path, what: str, ours: dict[str, torch.Tensor], theirs: di
 @torch.no_grad()
 def _fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Copy the file's tensors into the adapter; ValueError, before any is copied, unless keys and shapes are just the same."""
-    prefix = _prefix(model, adapter_name)
+    ours, tensors = matched(model, adapter_name, tensors, path)
     beside = {key: wrapper for wrapper in _beside(model, adapter_name) for key in wrapper.adapter_tensors(adapter_name)}
-    tensors = {
-        key if key in beside else _file_key(key.removeprefix(prefix), prefix): value
-        for key, value in tensors.items()
-        if not _is_leftover(key)
-    }
-    ours = adapter_tensors(model, adapter_name)
     vocabulary = {key: value for key, value in _vocabulary_tensors(model, adapter_name).items() if key in tensors}
-    ours |= vocabulary
-    _check_same(path, "the adapter's tensors", ours, tensors)
     for key, value in vocabulary.items():
         if not torch.equal(value, tensors[key].to(value.device, value.dtype)):
             logger.warning("%s: %s differs from the model's; the model takes the file's, for all its adapters", path, key)
@@ -267,6 +269,27 @@ def _fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor],
             ours[key].copy_(value)
     for wrapper in dict.fromkeys(beside.values()):
         wrapper.load_tensors(adapter_name, {key: tensors[key] for key, owner in beside.items() if owner is wrapper}, path)
+
+
+def matched(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the adapter's tensors, those of a file), both by the file's keys; base weights of the vocabulary are among them where the
+    file has them. ``tensors``: anything with a shape. ValueError unless keys and shapes are just the same."""
+    prefix = _prefix(model, adapter_name)
+    ours = adapter_tensors(model, adapter_name)
+    beside = {key for wrapper in _beside(model, adapter_name) for key in wrapper.adapter_tensors(adapter_name)}
+    tensors = {
+        key if key in beside else _file_key(key.removeprefix(prefix), prefix): value
+        for key, value in tensors.items()
+        if not _is_leftover(key)
+    }
+    ours |= {key: value for key, value in _vocabulary_tensors(model, adapter_name).items() if key in tensors}
+    _check_same(path, "the adapter's tensors", ours, tensors)
+    return ours, tensors
+
+
+def file_key(model: nn.Module, adapter_name: str, path: str) -> str:
+    """The key of a tensor at a path below the model, in the adapter's file."""
+    return _file_key(path, _prefix(model, adapter_name))
 
 
 def _is_leftover(key: str) -> bool:

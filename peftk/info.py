@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from peftk import replaced
 from peftk.native import native, why_not_native
 from peftk.ops import gpu
+from peftk.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Info:
     triton: bool  # whether Triton kernels run
     why_not_triton: str
     devices: list[str] = field(default_factory=list)
+    hooks: dict[str, str] = field(default_factory=dict)  # what happens to packages of which nothing is replaced, and its switch
     replaced: dict[str, tuple[str, ...]] = field(default_factory=dict)  # functions and kernels of other packages, by package
+    left: dict[str, dict[str, str]] = field(default_factory=dict)  # those that were asked for and stay as they were: why
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items())]
@@ -44,8 +46,11 @@ class Info:
             lines.append(f"cpu        does not run: {self.why_not_native}")
         lines.append(f"cuda       {', '.join(self.devices) if self.cuda else 'does not run: ' + self.why_not_cuda}")
         lines.append(f"triton     {'runs where CUDA kernels do not' if self.triton else 'does not run: ' + self.why_not_triton}")
+        lines += [f"{package:<10} {text}" for package, text in self.hooks.items()]
         for package, names in self.replaced.items():
             lines += [f"in {package} peftk stands in for:", *(f"  {name}" for name in names)]
+        for package, reasons in self.left.items():
+            lines += [f"in {package} stays as it was:", *(f"  {name}: {reason}" for name, reason in reasons.items())]
         return "\n".join(lines)
 
 
@@ -55,7 +60,7 @@ def info() -> Info:
     devices = module.cuda_devices() if module and hasattr(module, "cuda_devices") else []
     why_not_cuda, why_not_triton = gpu.CudaDoor().why_not(), gpu.TritonDoor().why_not()
     return Info(
-        versions={"peftk": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
+        versions={"peftk": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         native=module is not None,
         why_not_native=why_not_native(),
         cpu_tiers=list(module.available_tiers()) if module else [],
@@ -67,12 +72,7 @@ def info() -> Info:
         triton=not why_not_triton,
         why_not_triton=why_not_triton,
         devices=devices,
+        hooks=replaced.hooks(),
         replaced=replaced.listed(),
+        left=replaced.left(),
     )
-
-
-def _own_version() -> str:
-    try:
-        return version("peftk")
-    except PackageNotFoundError:
-        return "(not installed)"

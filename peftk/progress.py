@@ -20,3 +20,13 @@ def track(items: Sequence[T], description: str, enabled: bool) -> Iterable[T]:
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=description)
+
+
+def write(text: str) -> None:
+    """Print above the bars, where there are any."""
+    if find_spec("tqdm") is None:
+        print(text, flush=True)
+        return
+    from tqdm.auto import tqdm
+
+    tqdm.write(text)

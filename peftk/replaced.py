@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+_hooks: dict[str, Callable[[], str]] = {}  # by package
 _replacements: dict[str, Replacements] = {}  # by package; those that are in force
 
 
@@ -18,6 +19,7 @@ class Replacements:
     def __init__(self, package: str) -> None:
         self.package = package
         self.names: list[str] = []  # in the order in which they were replaced
+        self.left: dict[str, str] = {}  # what was asked for and isn't replaced: why
         self._originals: list[tuple[Any, str, Any]] = []
         self._library: torch.library.Library | None = None
 
@@ -36,7 +38,14 @@ class Replacements:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
             over(self._library, op, run, key)
-        self.names.append(f"torch.ops.{self.package}.{op} ({key})")
+        self.names.append(self.name(op, key))
+
+    def leave(self, op: str, key: str, reason: str) -> None:
+        """The op's kernel stays the package's own: ``peftk.info()`` says why."""
+        self.left[self.name(op, key)] = reason
+
+    def name(self, op: str, key: str) -> str:
+        return f"torch.ops.{self.package}.{op} ({key})"
 
     def hold(self) -> None:
         """All of them are in force: ``listed`` names them."""
@@ -51,6 +60,7 @@ class Replacements:
             setattr(owner, name, original)
         self._originals.clear()
         self.names.clear()
+        self.left.clear()
         _replacements.pop(self.package, None)
 
 
@@ -74,6 +84,21 @@ def held(package: str) -> Replacements | None:
     return _replacements.get(package)
 
 
+def tell(package: str, status: Callable[[], str]) -> None:
+    """``hooks`` has the package from now on, by what ``status()`` says then."""
+    _hooks[package] = status
+
+
+def hooks() -> dict[str, str]:
+    """By package, of those of which nothing is replaced: what peftk does with it, or why it doesn't, and how to change that."""
+    return {package: status() for package, status in _hooks.items()}
+
+
 def listed() -> dict[str, tuple[str, ...]]:
     """Dotted names of what is replaced, by package."""
     return {package: tuple(held.names) for package, held in _replacements.items()}
+
+
+def left() -> dict[str, dict[str, str]]:
+    """Dotted names of what was asked for and isn't replaced, with the reasons, by package."""
+    return {package: dict(held.left) for package, held in _replacements.items() if held.left}

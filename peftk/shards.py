@@ -18,6 +18,14 @@ def is_shard(tensor: torch.Tensor | None) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def check_whole(module: torch.nn.Module, argument: str, instead: str, path: str = "") -> None:
+    """ValueError where this process holds only parts of a module's parameters: names the first, and what to do instead."""
+    for name, parameter in module.named_parameters(path):
+        if is_shard(parameter):
+            many = parameter.device_mesh.size()
+            raise ValueError(f"{argument}: expected whole parameters, got {name}, split among {many} processes; {instead}")
+
+
 def part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds, not a copy and without a gradient."""
     return tensor.detach().to_local() if is_shard(tensor) else tensor

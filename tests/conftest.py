@@ -87,8 +87,10 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
             if not isinstance(tensor, torch.Tensor) or tensor.is_meta or type(tensor) is not torch.Tensor:
                 return tensor
             if tensor.dtype.is_floating_point:
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(0xA5) if tensor.dtype == torch.uint8 else tensor
+                tensor.detach().fill_(float("nan"))
+            elif tensor.dtype == torch.uint8:
+                tensor.fill_(0xA5)
+            return tensor
 
         return made
 

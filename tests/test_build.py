@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+import peftk
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
@@ -46,7 +49,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sdist_holds_what_a_build_needs(sdist):
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     tracked = subprocess.run(["git", "ls-files", "csrc", "peftk"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert set(tracked) | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert set(tracked) | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"} <= names
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -62,3 +65,42 @@ def test_installs_without_a_compiler(sdist, tmp_path):
     printed = install(sdist, tmp_path / "site", CXX=str(tmp_path / "no-compiler-here"))
     assert printed.splitlines()[1] == "False"
     assert "cpu        does not run: the native build failed" in printed
+
+
+def tool(folder: Path, name: str, prints: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    path.chmod(0o755)
+    return path
+
+
+NVCC_13 = "".join(rf"compute_{gpu}\n" for gpu in (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "nvcc", "architectures"),
+    [
+        (r"8.9\n8.0\n8.9\n", "local", NVCC_13, "80-real;89-real"),
+        ("", "local", NVCC_13, "75-real;80-real;90-real;100-real;120"),
+        (r"8.9\n", "all", NVCC_13, "75-real;80-real;90-real;100-real;120"),
+        (r"13.0\n", "local", NVCC_13, "75-real;80-real;90-real;100-real;120"),  # the driver compiles the last one's PTX for it
+        (r"7.0\n", "local", NVCC_13, "75-real;80-real;90-real;100-real;120"),
+        ("", "all", r"compute_75\ncompute_80\ncompute_90\n", "75-real;80-real;90"),  # CUDA 11.8
+    ],
+)
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_cuda_objects_are_for_the_gpus_here_or_for_all(tmp_path, gpus, wanted, nvcc, architectures):
+    tool(tmp_path, "nvidia-smi", gpus)
+    flags = (f"-DCMAKE_CUDA_COMPILER={tool(tmp_path, 'nvcc', nvcc)}", f"-DPEFTK_GPUS={wanted}")
+    command = ("cmake", *flags, "-P", str(ROOT / "csrc" / "cuda" / "architectures.cmake"))
+    printed = run(*command, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert printed.splitlines()[-1] == f"-- {architectures}"
+
+
+def test_the_version_is_written_once():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", peftk.__version__) and peftk.info().versions["peftk"] == peftk.__version__
+    asked = run(sys.executable, "setup.py", "-q", "--version", cwd=ROOT, PEFTK_VERSION_LABEL="cu130").split()[-1]
+    assert asked == f"{peftk.__version__}+cu130"
+    for path in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CMakeLists.txt"):
+        assert f'"{peftk.__version__}"' not in path.read_text(), path
+    assert f"## {peftk.__version__}" in (ROOT / "CHANGELOG.md").read_text()

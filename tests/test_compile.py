@@ -101,6 +101,17 @@ def test_decoder_layers_of_transformers(backend):
 
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_whole_model_of_transformers(backend):
+    """Loss and checkpointing inside one graph; for this peftk.qlora keeps transformers' hooks on the embeddings out of it."""
+    model = llama(checkpointing=True)
+    expected = steps(copy.deepcopy(model))
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    torch.testing.assert_close(steps(model), expected, rtol=1e-5, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_generation(backend):
     """transformers' generate with a static cache: prompt and single tokens are two graphs, whatever the length."""
     model, prompt = llama().eval(), ids(2, 5)

@@ -32,7 +32,7 @@ def test_this_machine():
     assert info.versions["torch"] == torch.__version__ and set(info.versions) == {"peftk", "torch", "python"}
     assert f"torch {torch.__version__}" in shown and f"peftk {info.versions['peftk']}" in shown
     assert info.native == (native() is not None) == (info.why_not_native == "") == (why_not_native() == "")
-    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["reference", "cpu", "cuda", "triton"]
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["reference", "cpu", "cuda", "triton", "peft"]
     if info.native:
         assert info.cpu_tier in info.cpu_tiers and info.cpu_tiers[0] == "scalar"
         assert info.cpu_tier in shown and info.threads in shown and f"{torch.get_num_threads()} of them" in shown
@@ -90,7 +90,7 @@ def test_without_the_native_module(monkeypatch):
 @pytest.mark.parametrize(
     ("functions", "reason"),
     [
-        ({"version": 1}, "this build found no nvcc"),
+        ({"version": 1}, "this build found no nvcc: install peftk again with nvcc on the PATH"),
         (
             {"cuda_devices": lambda: [], "cuda_status": lambda: "no CUDA-capable device is detected"},
             "no CUDA-capable device is detected",
@@ -105,9 +105,28 @@ def test_why_not_cuda(monkeypatch, functions, reason):
     assert "cpu        avx2 (also: scalar); threads: libgomp.so" in str(info)
 
 
-def test_a_source_tree_that_is_not_installed(monkeypatch):
-    def missing(name):
-        raise module.PackageNotFoundError(name)
+def test_the_hook_into_hf_peft(monkeypatch):
+    """Registered or not, why, and the way back; HF peft is not imported for it."""
+    hook = importlib.import_module("peftk.integrations.peft")
+    pytest.importorskip("peft")
+    hook.register()
+    assert "become peftk's" in peftk.info().hooks["peft"] and "off: PEFTK_PEFT=0 or peftk.integrations.peft.unregister()" in str(
+        peftk.info()
+    )
+    try:
+        hook.unregister()
+        assert "left alone: peftk.integrations.peft.unregister() was called; register() takes" in str(peftk.info())
+        monkeypatch.setenv("PEFTK_PEFT", "0")
+        hook.register()
+        assert peftk.info().hooks["peft"] == "left alone: the environment says PEFTK_PEFT=0"
+    finally:
+        monkeypatch.delenv("PEFTK_PEFT", raising=False)
+        hook.register()
+    monkeypatch.setattr("peft.__version__", "0.99.0")
+    assert peftk.info().hooks["peft"].startswith("left alone: peft: expected 0.18 to 0.21, got 0.99.0")
 
-    monkeypatch.setattr(module, "version", missing)
-    assert peftk.info().versions["peftk"] == "(not installed)" and "peftk (not installed)" in str(peftk.info())
+    def missing(name):
+        raise hook.PackageNotFoundError(name)
+
+    monkeypatch.setattr(hook, "version", missing)
+    assert peftk.info().hooks["peft"] == "not installed"

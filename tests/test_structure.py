@@ -24,10 +24,11 @@ ALLOWED = {
     "replaced": set(),
     "shards": set(),
     "files": set(),
+    "version": set(),
     "ops": {"format", "native"},
     "paging": {"format", "native"},
     "optim": {"ops", "paging", "format", "native", "shards"},
-    "info": {"ops", "native", "replaced"},
+    "info": {"ops", "native", "replaced", "version"},
     "nn": {"ops", "format", "progress", "shards"},
     "methods": {"nn", "ops", "format", "progress", "shards"},
     "checkpoint": {"methods", "nn", "format", "atomic", "shards", "files"},
@@ -45,9 +46,10 @@ ALLOWED = {
         "shards",
         "files",
     },
+    "streaming": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress"},
     "planner": {"methods", "nn", "ops", "optim", "atomic"},
     "cli": {"planner", "methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress"}
-    | {"info", "files"},
+    | {"info", "files", "streaming"},
 }
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").exists())
 
@@ -122,7 +124,7 @@ def test_cuda_kernels_have_a_python_side(op: str):
     assert bool(sources) == bool(in_table)
 
 
-@pytest.mark.parametrize("room", ["format", "nn", "methods", "planner", "cli"])
+@pytest.mark.parametrize("room", ["format", "nn", "methods", "planner", "streaming", "cli"])
 def test_tests_mirror_the_package(room: str):
     """tests/<room>/test_<file>.py belongs to peftk/<room>/<file>.py."""
     for test in (ROOT / "tests" / room).glob("test_*.py"):

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from bench.goals import Verdict
 from bench.limits import Limits
 from bench.linear import RANK, Layer, Step, training_runs
-from bench.measure import Row
+from bench.measure import Row, percentile
 from bench.peers import Run
 
 TESTS = ("tests/ops/test_nf4_lora_linear.py",)
@@ -34,20 +35,25 @@ HEADLINE = "m=128"
 def rows(size: int, repeat: int, limits: Limits) -> Iterator[list[Row]]:
     """One case."""
     name = f"m={ROWS}, bf16, {size}x{size}, r={RANK}, forward + backward, extra memory"
-    ours = extra_bytes("peftk", size)
-    verdict = Verdict(f"< {MOST / 1e6:g} MB", f"{ours / 1e6:.1f} MB", ours < MOST)
-    found = [Row(name, "peftk", rounds=PROCESSES, verdicts=(verdict,), extra=ours)]
+    ours = _row(name, "peftk", extra_bytes("peftk", size))
+    verdict = Verdict(f"< {MOST / 1e6:g} MB", f"{ours.extra / 1e6:.1f} MB", ours.extra < MOST)
+    found = [replace(ours, verdicts=(verdict,))]
     for who, packages in PEERS.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
             found.append(Row(name, who, note=f"{missing[0]} not installed"))
         else:
-            found.append(Row(name, who, rounds=PROCESSES, extra=extra_bytes(who, size)))
+            found.append(_row(name, who, extra_bytes(who, size)))
     yield found
 
 
-def extra_bytes(who: str, size: int, processes: int = PROCESSES) -> int:
-    """Of a candidate by its name; RuntimeError with what its process said where it fails."""
+def _row(name: str, who: str, found: list[int]) -> Row:
+    spread = percentile(found, 0.1), percentile(found, 0.9)
+    return Row(name, who, rounds=len(found), extra=int(statistics.median(found)), extra_spread=spread)
+
+
+def extra_bytes(who: str, size: int, processes: int = PROCESSES) -> list[int]:
+    """Of a candidate by its name, one a process; RuntimeError with what its process said where it fails."""
     if not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("the peak of memory is read from Linux's /proc/self, which isn't here")
     root = Path(__file__).resolve().parents[2]
@@ -59,7 +65,7 @@ def extra_bytes(who: str, size: int, processes: int = PROCESSES) -> int:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise RuntimeError(f"memory of {who}: {said[-1]}")
         found.append(int(done.stdout.split()[-1]))
-    return int(statistics.median(found))
+    return found
 
 
 def measure(who: str, size: int) -> int:

@@ -1,5 +1,5 @@
 """python -m bench.papers [EXPERIMENT ...]: run the papers' experiments; ``fetch`` and ``convert`` get and hand on the corpora,
-``readme`` writes the README's table of methods."""
+``readme`` writes the README's table of methods and the records on the methods' pages."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _convert(flags)
         elif flags.what[:1] == ["readme"]:
             seven_methods.write_readme()
+            seven_methods.write_pages()
         else:
             _run(flags)
     except (UserError, OSError, RuntimeError, ValueError) as error:

@@ -27,7 +27,7 @@ PACKED_MOST = 64  # rows: bitsandbytes' inference path, which loses to its other
 ROUNDS, LEAST, BUDGET = 15, 3, 1.0  # s a case
 POINT = ("n", "k", "m", "pass")
 FIGURES = ("who", "p50_ms", "p90_ms", "rounds", "gb_s", "gflop_s", "share", "ratio", "note")
-COLUMNS = (*report.WHERE, *POINT, *FIGURES, *report.LIMITS, *report.COLUMNS[-2:])
+COLUMNS = (*report.WHERE, *POINT, *FIGURES, *report.LIMITS, *report.REGISTERS)
 
 
 @dataclass(frozen=True)

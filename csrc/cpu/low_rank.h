@@ -92,6 +92,60 @@ void pack_branch_input(const Activations<T>& z, const KeepBits& keep, std::int64
   with_branch_input(z, keep, [&](const auto& rows) { pack_all<Cell>(rows, first, count, k, left, threads); });
 }
 
+// Calls body with the factor's rows in its own type.
+template <class Body>
+void with_factor(const FactorRows& factor, Body body) {
+  with_type(factor.data, factor.dtype, [&](const auto* p) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
+    body(DenseRows<T>{p, factor.stride});
+  });
+}
+
+// out[0 .. k) = rows[i], zeros up to the next multiple of kLanes.
+template <class Rows>
+void widen_row(const Rows& rows, std::int64_t i, std::int64_t k, float* out) {
+  for (std::int64_t position = 0; position < k; position += kLanes) {
+    F32 value;
+    rows.template read<1>(i, position, static_cast<int>(std::min<std::int64_t>(k - position, kLanes)), &value);
+    store(out + position, value);
+  }
+}
+
+// rows[j] . x in fp64; x as widen_row writes it.
+template <class Rows>
+float wide_dot(const Rows& rows, std::int64_t j, std::int64_t k, const float* x) {
+  double sum[kLanes] = {};
+  for (std::int64_t position = 0; position < k; position += kLanes) {
+    F32 factor;
+    float factors[kLanes];
+    rows.template read<1>(j, position, static_cast<int>(std::min<std::int64_t>(k - position, kLanes)), &factor);
+    store(factors, factor);
+    for (int lane = 0; lane < kLanes; lane++)
+      sum[lane] += static_cast<double>(x[position + lane]) * static_cast<double>(factors[lane]);
+  }
+  double all = 0.0;
+  for (double lane : sum) all += lane;
+  return static_cast<float>(all);
+}
+
+// b[row + lane] . s for the first `count` lanes, b (n, r).
+template <class Rows>
+F32 few_low_rank(const Rows& b, std::int64_t row, int count, const float* s, std::int64_t r) {
+  float low[kLanes] = {};
+  for (int lane = 0; lane < count; lane++) {
+    F32 dot = broadcast(0.0f);
+    for (std::int64_t j = 0; j < r; j += kLanes) {
+      const int here = static_cast<int>(std::min<std::int64_t>(r - j, kLanes));
+      F32 factor, f;
+      b.template read<1>(row + lane, j, here, &factor);
+      DenseRows<float>{s, r}.read<1>(0, j, here, &f);
+      dot = multiply_add(factor, f, dot);
+    }
+    low[lane] = reduce_sum(dot);
+  }
+  return load(low);
+}
+
 // S of the rows [first, first + count): fp32 to `wide` (count, r) and T to `kept` (m, r); `left` holds D(z)'s cells.
 template <class Cell, class T>
 void low_rank_input(const std::uint32_t* left, const KeepBits& keep, const Branch& branch, std::int64_t k, std::int64_t first,
@@ -110,27 +164,17 @@ template <class T>
 void few_low_rank_input(const Activations<T>& z, const Branch& branch, std::int64_t k, std::int64_t m, float* wide, T* kept,
                         int threads) {
   const KeepBits keep(branch.dropout, m, k, threads);
-  const auto dot = [&](const auto& rows, std::int64_t i, std::int64_t j) {
-    double sum[kLanes] = {};
-    for (std::int64_t position = 0; position < k; position += kLanes) {
-      const int here = static_cast<int>(std::min<std::int64_t>(k - position, kLanes));
-      F32 value, factor;
-      float values[kLanes], factors[kLanes];
-      rows.template read<1>(i, position, here, &value);
-      branch.a.read<1>(j, position, here, &factor);
-      store(values, value);
-      store(factors, factor);
-      for (int lane = 0; lane < kLanes; lane++) sum[lane] += static_cast<double>(values[lane]) * factors[lane];
-    }
-    double all = 0.0;
-    for (double lane : sum) all += lane;
-    return static_cast<float>(all);
-  };
+  const std::int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
+  const Scratch memory = floats_for(m * padded);
+  auto* const values = memory.as<float>();
   with_branch_input(z, keep, [&](const auto& rows) {
-    parallel_for(branch.r, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = 0; i < m; i++) widen_row(rows, i, k, values + i * padded);
+  });
+  with_factor(branch.a, [&](const auto& a) {
+    parallel_for(branch.r, threads_worth(m * branch.r * k, threads), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t j = begin; j < end; j++)
         for (std::int64_t i = 0; i < m; i++) {
-          wide[i * branch.r + j] = keep.scale() * dot(rows, i, j);
+          wide[i * branch.r + j] = keep.scale() * wide_dot(a, j, k, values + i * padded);
           kept[i * branch.r + j] = narrow<T>(wide[i * branch.r + j]);
         }
     });
@@ -143,20 +187,13 @@ void few_forward(const Base& base, const Activations<T>& x, std::int64_t m, cons
   const Scratch memory = floats_for(m * branch.r);
   float* const s = memory.as<float>();
   few_low_rank_input(z, branch, base.k, m, s, kept, threads);
-  base.few_product(x.data, x.stride, m, threads, [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
-    float low[kLanes] = {};
-    for (int lane = 0; lane < count; lane++) {
-      F32 dot = broadcast(0.0f);
-      for (std::int64_t j = 0; j < branch.r; j += kLanes) {
-        F32 b, f;
-        const int here = static_cast<int>(std::min<std::int64_t>(branch.r - j, kLanes));
-        branch.b.read<1>(row + lane, j, here, &b);
-        DenseRows<float>{s, branch.r}.read<1>(i, j, here, &f);
-        dot = multiply_add(b, f, dot);
-      }
-      low[lane] = reduce_sum(dot);
-    }
-    store_sums(y + i * base.n + row, multiply_add(broadcast(branch.scale), load(low), sums), count, bias ? bias + row : nullptr);
+  with_factor(branch.b, [&](const auto& b) {
+    base.few_product(x.data, x.stride, m, threads_worth(m * base.n * (base.k + branch.r), threads),
+                     [&](std::int64_t row, int count, std::int64_t i, F32 sums) {
+                       const F32 low = few_low_rank(b, row, count, s + i * branch.r, branch.r);
+                       store_sums(y + i * base.n + row, multiply_add(broadcast(branch.scale), low, sums), count,
+                                  bias ? bias + row : nullptr);
+                     });
   });
 }
 

@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <pthread.h>
+#endif
+
 #if defined(__linux__) && !defined(PEFTK_NO_OPENMP)
 #include <dlfcn.h>
 #include <link.h>
@@ -69,10 +73,7 @@ class ParkedPool {
   std::uint64_t generation_ = 0;
 };
 
-ParkedPool& parked_pool() {
-  static auto* pool = new ParkedPool;  // never destroyed: its threads may outlive main
-  return *pool;
-}
+ParkedPool* pool = new ParkedPool;  // never destroyed: its threads may outlive main
 
 #ifdef PEFTK_FIND_OPENMP
 struct OpenMP {
@@ -111,6 +112,18 @@ void run_as_team_member(void* raw) {
 }
 #endif
 
+// A forked child has the caller's thread only. A runtime that counts on the others waits for ever (libgomp does, and with it a
+// product of torch's own), so the child starts with a fresh pool.
+#ifdef __linux__
+void start_afresh() {
+  pool = new ParkedPool;
+#ifdef PEFTK_FIND_OPENMP
+  openmp = OpenMP{};
+#endif
+}
+const int kForkHandler = pthread_atfork(nullptr, nullptr, start_afresh);
+#endif
+
 }  // namespace
 
 std::string find_thread_runtime(const std::string& preferred_folder) {
@@ -142,7 +155,7 @@ void run_on_threads(int threads, void (*body)(void*, int, int), void* context) {
     return openmp.parallel(run_as_team_member, &team, static_cast<unsigned>(threads), 0);
   }
 #endif
-  parked_pool().run(threads, body, context);
+  pool->run(threads, body, context);
 }
 
 }  // namespace peftk

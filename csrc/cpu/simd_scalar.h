@@ -35,7 +35,8 @@ inline float to_float(F16 x) {
 inline void from_float(float x, float* out) { *out = x; }
 inline void from_float(float x, Bf16* out) {
   const std::uint32_t bits = bits_of(x);
-  out->bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  out->bits =
+      static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 inline void from_float(float x, F16* out) {
   const std::uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;

@@ -8,9 +8,8 @@ namespace {
 
 // Point `index` of `points` evenly spaced ones on [0.1, 1], from both ends towards the middle, each rounded once to fp32.
 float linspace_point(int index, int points) {
-  const float start = 0.1f, end = 1.0f, step = (end - start) / static_cast<float>(points - 1);
-  const double point =
-      index < points / 2 ? start + static_cast<double>(step) * index : end - static_cast<double>(step) * (points - 1 - index);
+  const double start = 0.1f, end = 1.0, step = (1.0f - 0.1f) / static_cast<float>(points - 1);
+  const double point = index < points / 2 ? start + step * index : end - step * (points - 1 - index);
   return static_cast<float>(point);
 }
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
-from peftk.cli import finetune, generate, info, memory, quantize
+from peftk.cli import bench, finetune, generate, info, memory, merge, quantize
 from peftk.cli.errors import UserError
 
 __all__ = ["main"]
 
-COMMANDS = (finetune, generate, quantize, memory, info)
+COMMANDS = (finetune, generate, quantize, merge, memory, bench, info)
 USER_ERROR = 2  # argparse's own exit status for a bad flag
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,22 +26,28 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+        name, passes_on = module.__name__.rpartition(".")[2], getattr(module, "PASSES_ON", False)
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
             description=module.DESCRIPTION,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            add_help=not passes_on,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run, command=name)
+        command.set_defaults(run=module.run, command=name, **({"rest": []} if passes_on else {}))
     return program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 or what the command returns (peftk memory: 1 where a card is too small), 2
-    where the user's input is at fault, 130 after Ctrl-C. Errors of the program itself are raised."""
-    arguments = parser().parse_args(argv)
+    where the user's input is at fault, 130 after Ctrl-C and 143 after SIGTERM. Errors of the program itself are raised."""
+    program = parser()
+    arguments, rest = program.parse_known_args(argv)
+    if hasattr(arguments, "rest"):
+        arguments.rest = rest
+    elif rest:
+        program.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("peftk").setLevel(logging.INFO)
     try:
@@ -54,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"\npeftk {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        told = " ".join(["interrupted", *map(str, interrupt.args[:1])])
+        print(f"\npeftk {arguments.command}: {told}", file=sys.stderr)
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return status or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 import peftk
 from peftk.cli import adapters, flags, output, resume
 from peftk.cli.errors import UserError
+from peftk.cli.interrupt import asked_to_stop
 from peftk.cli.models import DTYPES, MODEL_HELP, Opened, open_for, resolve_device, resolve_dtype
 from peftk.cli.prepare import kept_dense, prepare_base
 from peftk.cli.process_memory import keep_freed_memory, peak_bytes, readable
@@ -127,10 +129,10 @@ def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(plan.seed)
     prepare_base(opened.model, arguments.base, dtype, device, kept_dense(task.task_type, opened.new))
     _attach(opened.model, config, arguments, checkpoint)
-    output.claim(out, arguments.overwrite)
-    output.write_run(out, run_)
-    progress = _train(arguments, task, opened, data, held_out, plan, checkpoint)
-    _finish(out, opened.model, progress, run_, task, device)
+    with output.claimed(out, arguments.overwrite):
+        output.write_run(out, run_)
+        progress = _train(arguments, task, opened, data, held_out, plan, checkpoint)
+        _finish(out, opened.model, progress, run_, task, device)
 
 
 def _train(
@@ -159,7 +161,7 @@ def _train(
         f" {plan.steps} steps, {device.type} {str(dtype).removeprefix('torch.')}"
     )
     losses = output.LossFile(out, progress.rows, task.metrics)
-    try:
+    with contextlib.closing(losses), asked_to_stop() as stop:
         return train(
             loss,
             optimizer,
@@ -170,9 +172,8 @@ def _train(
             losses.append,
             lambda position: resume.save_checkpoint(out, model, optimizer, position, schedule),
             lambda: task.measure(loss, held_out, arguments, opened.tokenizer),
+            stop,
         )
-    finally:
-        losses.close()
 
 
 def _settings(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,8 @@ transformers' loader takes, bit-equal to it); any other architecture goes throug
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from peftk.cli.errors import UserError, require
+from peftk.streaming.source import Made
 
 # file key, without "llama." -> LlamaConfig field; a file with any other key is left to transformers
 _CONFIG = {
@@ -52,15 +55,14 @@ _CONTROL_TOKEN = 3  # llama.cpp's token_type of special tokens
 
 def open_gguf(path: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a GGUF file; the model has fp32 weights, decoded exactly. UserError where it isn't GGUF."""
-    gguf = require("gguf", "hf")
     require("transformers", "hf")
     if not path.is_file():
         raise UserError(f"--model {path}: no such file")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _read(path)
         _check_blocks(reader)
-        return _model(reader, path), _tokenizer(reader, path)
-    except ImportError:
+        return _model(reader, path), gguf_tokenizer(path, reader)
+    except (ImportError, UserError):
         raise
     except Exception as error:  # damaged bytes raise whatever the readers stumble over
         told = str(error).strip().partition("\n")[0] or "nothing more"
@@ -93,10 +95,28 @@ def _model(reader: Any, path: Path) -> nn.Module:
     return model
 
 
-def _tokenizer(reader: Any, path: Path) -> Any:
+def gguf_tokenizer(path: Path, reader: Any) -> Any:
+    """The tokenizer of a GGUF file."""
     if _value(reader, "tokenizer.ggml.pre") == _SMOLLM_PRE_TOKENIZER:
         return smollm_tokenizer(reader)
     return require("transformers", "hf").AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def gguf_config(path: Path) -> Any:
+    """transformers' config of a GGUF file; no weights are decoded. UserError where it isn't GGUF."""
+    transformers = require("transformers", "hf")
+    reader = _read(path)
+    if is_plain_llama(reader):
+        return transformers.LlamaConfig(**llama_config(reader))
+    return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _read(path: Path) -> Any:
+    gguf = require("gguf", "hf")
+    try:
+        return gguf.GGUFReader(path)
+    except ValueError as error:
+        raise UserError(f"--model {path}: not a readable GGUF file ({error})") from error
 
 
 def is_plain_llama(reader: Any) -> bool:
@@ -121,19 +141,31 @@ def llama_config(reader: Any) -> dict[str, Any]:
 
 def llama_weights(reader: Any) -> dict[str, torch.Tensor]:
     """The state dict of LlamaForCausalLM, fp32; rows of q and k in transformers' order."""
+    return {_hf_name(tensor.name): _decoded(reader, tensor) for tensor in reader.tensors}
+
+
+def llama_tensors(reader: Any, after: Callable[[], None]) -> dict[str, Made]:
+    """The same, each decoded when it is read; ``after`` runs when one has been."""
+
+    def decode(tensor: Any) -> torch.Tensor:
+        w = _decoded(reader, tensor)
+        after()
+        return w
+
+    shapes = {tensor.name: [int(size) for size in reversed(tensor.shape)] for tensor in reader.tensors}
+    return {_hf_name(t.name): Made(torch.float32, shapes[t.name], partial(decode, t)) for t in reader.tensors}
+
+
+def _decoded(reader: Any, tensor: Any) -> torch.Tensor:
     from gguf import dequantize
 
+    w = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     heads = _value(reader, "llama.attention.head_count")
-    kv_heads = _value(reader, "llama.attention.head_count_kv") or heads
-    weights = {}
-    for tensor in reader.tensors:
-        w = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        if ".attn_q." in tensor.name:
-            w = halves_of_heads(w, heads)
-        elif ".attn_k." in tensor.name:
-            w = halves_of_heads(w, kv_heads)
-        weights[_hf_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(w))
-    return weights
+    if ".attn_q." in tensor.name:
+        w = halves_of_heads(w, heads)
+    elif ".attn_k." in tensor.name:
+        w = halves_of_heads(w, _value(reader, "llama.attention.head_count_kv") or heads)
+    return torch.from_numpy(np.ascontiguousarray(w))
 
 
 def halves_of_heads(w: np.ndarray, heads: int) -> np.ndarray:

@@ -16,8 +16,10 @@ import peftk
 from peftk import planner
 from peftk.cli import adapters, flags
 from peftk.cli.errors import UserError, require
+from peftk.cli.gguf import gguf_config
 from peftk.cli.loss import LanguageModelLoss
 from peftk.cli.models import DTYPES
+from peftk.cli.named import NAMED, path_of
 from peftk.cli.prepare import prepare_base
 from peftk.cli.process_memory import readable
 
@@ -46,8 +48,9 @@ ADAPTER_FLAGS = (
     "encoder_hidden_size",
 )
 DOES_NOT_FIT = 1
-HEAP_NOTE = "In use; with malloc as peftk finetune sets it, the heap's holes take up to a third more (bench/LOG.md)."
 FIGURES = {"qlora": ("llama-7b", "llama-13b", "llama-33b", "llama-65b")}
+QLORA_TITLE = "LLaMA with QLoRA (r = 64 on all linear layers), batch 1, 512 tokens"
+QLORA_CARDS = [("24 GB", 24 * 10**9), ("48 GB", 48 * 10**9)]
 QLORA_FIGURE = {"r": 64, "dropout": 0.0}  # rank as in the paper's runs; dropout's mask is never stored
 
 
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of ``peftk memory``."""
     names = ", ".join(planner.GEOMETRIES)
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--model", metavar="M", help=f"a folder with a config.json, or {names}")
+    what.add_argument("--model", metavar="M", help=f"what finetune takes (a folder, a .gguf file, 'smollm2'), or {names}")
     what.add_argument(
         "--figure", choices=FIGURES, help="qlora: LLaMA 7B to 65B as in the paper's figure, in the place of --model"
     )
@@ -73,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose ways to compute, and whose overheads")
     machine.add_argument("--gpus", type=flags.positive_int, default=1, help="that share the work")
-    machine.add_argument("--sharding", choices=planner.SHARDINGS, default="ddp", help="ddp: all hold all; fsdp: FSDP2's shards")
+    machine.add_argument(
+        "--sharding", choices=planner.SHARDINGS, default="ddp", help="ddp: all hold all; fsdp: FSDP2; tp: tensor parallel"
+    )
     machine.add_argument("--card", type=flags.card, default=None, metavar="CARD", help=f"a size, or {', '.join(planner.CARDS)}")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON in the place of the table")
@@ -126,7 +131,11 @@ def choice_of(arguments: argparse.Namespace) -> planner.Choice:
     if arguments.device == "cpu" and arguments.gpus > 1:
         raise UserError(f"--gpus {arguments.gpus}: expected 1 with --device cpu")
     return planner.Choice(
-        step, planner.Machine(arguments.gpus, arguments.sharding, paged, arguments.budget), base, rank, arguments.method
+        step,
+        planner.Machine(arguments.gpus, arguments.sharding, paged, arguments.budget, arguments.device == "cpu"),
+        base,
+        rank,
+        arguments.method,
     )
 
 
@@ -141,8 +150,15 @@ def plan_of(arguments: argparse.Namespace, choice: planner.Choice) -> planner.Pl
 
 def blueprint_of(arguments: argparse.Namespace, choice: planner.Choice) -> planner.Blueprint:
     """The model as ``peftk finetune`` trains it."""
-    config = planner.config_of(arguments.model)
-    return planner.Blueprint(config, DTYPES[arguments.dtype], preparation(arguments, choice))
+    return planner.Blueprint(config_of(str(arguments.model)), DTYPES[arguments.dtype], preparation(arguments, choice))
+
+
+def config_of(name: str) -> Any:
+    """Of all that ``peftk finetune`` takes as a decoder, and the planner's names. UserError or ValueError for anything else."""
+    path = path_of(name) if name in NAMED else Path(name)
+    if name not in planner.GEOMETRIES and path.is_file():
+        return gguf_config(path)
+    return planner.config_of(name if name in planner.GEOMETRIES else path)
 
 
 def preparation(arguments: argparse.Namespace, choice: planner.Choice) -> Callable[[nn.Module], Any]:
@@ -185,8 +201,8 @@ def _text(arguments: argparse.Namespace, found: planner.Plan, advice: list[plann
     lines += [f"{'total':<24} {readable(found.total):>10}   fullest in: {found.phase}"]
     if found.paged_out:
         lines.append(f"{'paged out':<24} {readable(found.paged_out):>10}   on the host, or in a file")
-    if arguments.device == "cpu":
-        lines.append(HEAP_NOTE)
+    if found.collectives:
+        lines.append(f"{'sent by a GPU in a step':<24} {readable(found.sent):>10}   {', '.join(found.collectives)}")
     if arguments.card is None:
         return "\n".join(lines)
     name, card = arguments.card
@@ -213,6 +229,7 @@ def _json(arguments: argparse.Namespace, found: planner.Plan, advice: list[plann
         "phase": found.phase,
         "phases": found.phases,
         "paged_out": found.paged_out,
+        "sent": found.sent,
         "card": card,
         "fits": None if card is None else found.total <= card["bytes"],
         "changes": [dataclasses.asdict(change) for change in advice],
@@ -222,10 +239,9 @@ def _json(arguments: argparse.Namespace, found: planner.Plan, advice: list[plann
 
 def _figure(arguments: argparse.Namespace) -> int:
     """Dettmers et al. 2023, figure 6: LLaMA with QLoRA's settings, batch 1, 512 tokens, gradient checkpointing, paged states."""
-    bars = [(name.removeprefix("llama-").upper(), plan) for name, plan in qlora_figure().items()]
+    bars = qlora_bars()
     if arguments.plot is not None:
-        title = "LLaMA with QLoRA (r = 64 on all linear layers), batch 1, 512 tokens"
-        planner.picture.draw(arguments.plot, bars, [("24 GB", 24 * 10**9), ("48 GB", 48 * 10**9)], title)
+        planner.picture.draw(arguments.plot, bars, QLORA_CARDS, QLORA_TITLE)
     if arguments.json:
         print(json.dumps({name: {"parts": plan.parts, "total": plan.total} for name, plan in bars}, indent=1))
         return 0
@@ -235,6 +251,11 @@ def _figure(arguments: argparse.Namespace) -> int:
     print(f"{'total':<24}" + "".join(f"{readable(plan.total):>12}" for _, plan in bars))
     print(f"{'paged out':<24}" + "".join(f"{readable(plan.paged_out):>12}" for _, plan in bars))
     return 0
+
+
+def qlora_bars() -> list[tuple[str, planner.Plan]]:
+    """The figure's bars with their names."""
+    return [(name.removeprefix("llama-").upper(), plan) for name, plan in qlora_figure().items()]
 
 
 def qlora_figure() -> dict[str, planner.Plan]:

@@ -8,13 +8,14 @@ adapter_config.json, adapter_model.safetensors    the adapter, once the run is d
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,17 +51,43 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--resume: {folder} holds no {SETTINGS}, so it is not the folder of a run")
 
 
-def claim(folder: Path, overwrite: bool) -> None:
-    """Make the folder; ``overwrite`` removes an earlier run's files and nothing else. UserError where it can't be made."""
-    if overwrite and folder.is_dir():
-        for name in (CHECKPOINTS, _UNPUBLISHED):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in _OWN_FILES:
-            (folder / name).unlink(missing_ok=True)
+@contextlib.contextmanager
+def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Make the folder, and be its only run inside the ``with``; ``overwrite`` removes an earlier run's files and nothing else.
+    UserError where it can't be made, or another run is at work there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: can't be made ({error.strerror})") from error
+    with _only_run(folder):
+        if overwrite:
+            for name in (CHECKPOINTS, _UNPUBLISHED):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in _OWN_FILES:
+                (folder / name).unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def _only_run(folder: Path) -> Iterator[None]:
+    """A lock on the folder itself: it leaves no file, and goes with the process however that ends."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--out {folder}: another run is at work there; wait for it, or give another folder") from None
+    except OSError as error:  # NFS locks no folders
+        logger.warning("%s can't be locked (%s): make sure that no other run writes there", folder, error.strerror)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -1,102 +1,72 @@
-"""peftk quantize: a model folder whose linear layers are in 4 bits, in bitsandbytes' form."""
+"""peftk quantize: a whole checkpoint with its linear layers in 4 bits, in bitsandbytes' form, shard by shard."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-import peftk
-from peftk.atomic import write_folder
+from peftk.cli import whole
 from peftk.cli.errors import UserError
-from peftk.cli.models import DTYPES, MODEL_HELP, open_model
-from peftk.cli.prepare import quantise_base
-from peftk.cli.process_memory import readable
-from peftk.nn import NF4Linear
+from peftk.cli.models import DTYPES, MODEL_HELP
+from peftk.cli.stored import StoredModel, open_stored
+from peftk.streaming.plan import Planned, Wanted, plan, read
+from peftk.streaming.skeleton import Names, dense_layers, layers_to_quantise, linears
 
 SUMMARY = "store a model with its linear layers in 4 bits"
 DESCRIPTION = (
     "Writes a folder in Hugging Face's format: NF4 weights with double quantisation under bitsandbytes' keys, which transformers"
-    " with bitsandbytes reads, and --model of the other commands."
+    " with bitsandbytes reads, and --model of the other commands. A tensor is read, quantised and written in pieces: a model of"
+    " any size takes less memory than its largest file. The error of each layer is told in quantize_report.csv and .png."
 )
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of ``peftk quantize``."""
     parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--dtype",
         choices=("stored", *DTYPES),
         default="stored",
         help="of what stays dense, and the one that 4-bit weights decode to",
     )
+    whole.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise and write the folder whole."""
-    out: Path = arguments.out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: expected a new folder, this one holds something")
-    model, tokenizer = open_model(arguments.model)
-    if any(isinstance(module, NF4Linear) for module in model.modules()):
-        raise UserError(f"--model {arguments.model}: is in 4 bits already")
+    whole.check_out(arguments)
+    stored = open_stored(arguments.model)
+    if stored.config.get("quantization_config"):
+        kind = stored.config["quantization_config"].get("quant_method")
+        is_4bit = stored.config["quantization_config"].get("load_in_4bit")
+        raise UserError(f"--model {arguments.model}: " + ("is in 4 bits already" if is_4bit else f"is quantised, by {kind}"))
+    double_quant = not arguments.no_double_quant
+    try:
+        planned, dense, compute = _planned(arguments, stored, double_quant)
+    except ValueError as error:
+        raise UserError(f"--model {arguments.model}: {error}") from error
+    config = dict(stored.config)
     if arguments.dtype != "stored":
-        model.to(DTYPES[arguments.dtype])
-    before = sum(p.numel() * p.element_size() for p in model.parameters())
-    quantise_base(model, progress=True, with_experts=False)
-    if not any(isinstance(module, NF4Linear) for module in model.modules()):
-        raise UserError(f"--model {arguments.model}: {type(model).__name__} has no linear layer to quantise")
-    with write_folder(out) as folder:
-        write_quantised(model, tokenizer, folder)
-    print(f"{out}: {readable(before)} -> {readable(peftk.report(model).total.bytes)}")
+        config = whole.in_dtype(config, DTYPES[arguments.dtype])
+        compute = str(DTYPES[arguments.dtype]).removeprefix("torch.")
+    config["quantization_config"] = whole.quantization_config(double_quant, compute, dense)
+    settings = {name: getattr(arguments, name) for name in ("dtype", "block_size", "no_double_quant", "skip", "max_shard_size")}
+    whole.carry_out(whole.Task("quantize", arguments, stored, planned, config, stored.source.files, settings))
 
 
-def write_quantised(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """config.json with its quantization_config, model.safetensors with bitsandbytes' keys, the tokenizer's files."""
-    save_file(_without_aliases(model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(model)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def quantization_config(model: nn.Module) -> dict[str, Any]:
-    """transformers' BitsAndBytesConfig as it stands in config.json."""
-    first = next(module for module in model.modules() if isinstance(module, NF4Linear))
-    dense = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, NF4Linear)
-    ]
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": first.quant_type,
-        "bnb_4bit_use_double_quant": first.double_quant,
-        "bnb_4bit_compute_dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": dense,
-    }
-
-
-def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once: a tied head shares its embedding's memory, and transformers ties them again on loading."""
-    kept: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in state.items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        kept[name] = tensor.contiguous()
-    return kept
+def _planned(arguments: argparse.Namespace, stored: StoredModel, double_quant: bool) -> tuple[Planned, list[str], str]:
+    """(what is written, paths of linear layers that stay dense, the dtype to compute in)."""
+    model = stored.skeleton()
+    groups = read(stored.source, Names.of(model))
+    by_key = {entry.key: entry for group in groups for entry in group}
+    paths = layers_to_quantise(model, arguments.skip, by_key)
+    if not paths:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise")
+    transposed = [path for path, is_transposed in linears(model).items() if is_transposed]
+    dtype: Any = None if arguments.dtype == "stored" else DTYPES[arguments.dtype]
+    wanted = Wanted(dtype, set(paths), True, arguments.block_size or 64, double_quant, set(transposed))
+    planned = plan(groups, wanted)
+    compute: torch.dtype = by_key[f"{paths[0]}.weight"].dtype
+    return planned, dense_layers(model, planned.quantised), str(compute).removeprefix("torch.")

@@ -14,6 +14,7 @@ from torch import nn
 
 import peftk
 from peftk.cli.errors import UserError, require
+from peftk.cli.interrupt import Interrupted
 from peftk.cli.packing import batch_order
 from peftk.cli.process_memory import peak_bytes, readable
 from peftk.methods.attach import find_attached
@@ -154,9 +155,11 @@ def train(
     record: Callable[[Row], None],
     save: Callable[[Progress], None],
     measure: Callable[[], dict[str, float]] = dict,
+    stop: Callable[[], int] = int,
 ) -> Progress:
     """Run the steps that ``progress`` has not done yet. ``record`` gets each row as it comes, ``save`` the progress at each
-    checkpoint; ``measure`` gives metrics of the model as it is, in eval mode. UserError where the loss is no longer finite."""
+    checkpoint; ``measure`` gives metrics of the model as it is, in eval mode; ``stop`` gives a signal's number once one asks for
+    an end. UserError where the loss is no longer finite, Interrupted after a checkpoint where ``stop`` asked."""
     tqdm = require("tqdm.auto", "hf").tqdm
     model = loss.model
     trainable = peftk.trainable_parameters(model)
@@ -190,8 +193,14 @@ def train(
             f"loss {mean:.3f}, {progress.tokens_per_second:.0f} tokens/s, {readable(peak_bytes(device))}", refresh=False
         )
         bar.update()
-        if plan.save_every and progress.step < plan.steps and progress.step % plan.save_every == 0:
+        if progress.step == plan.steps:
+            break
+        asked = stop()
+        if asked or (plan.save_every and progress.step % plan.save_every == 0):
             save(progress)
+        if asked:
+            bar.close()
+            raise Interrupted(f"after step {progress.step} of {plan.steps}, which is saved: --resume goes on", asked)
     bar.close()
     return progress
 

@@ -30,8 +30,8 @@ class NF4Weight:
         self.shape = torch.Size(self.shape)
 
     def __setattr__(self, name: str, value: object) -> None:
-        self.__dict__.pop("_straight_code", None)  # ops note here that they have checked the parts against each other
-        self.__dict__[name] = value
+        super().__setattr__("_straight_code", None)  # ops note here that they have checked the parts against each other
+        super().__setattr__(name, value)
 
     @property
     def nbytes(self) -> int:

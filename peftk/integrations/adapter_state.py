@@ -13,14 +13,17 @@ from torch.distributed.tensor import DTensor
 
 import peftk
 from peftk.files import read_torch
+from peftk.methods.adalora_state import adalora_state, restore_adalora
 from peftk.methods.attach import attached, find_attached, wrappers
 
 logger = logging.getLogger("peftk")
 MARK = "peftk_adapters_only"  # a key that tells such a state_dict from one that lacks the model's other weights by mistake
+RANKS = "peftk_adalora"  # a key for what AdaLoRA knows beside its parameters
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of all adapters under their names in the model's state_dict, and the mark. ValueError for sharded ones."""
+def adapter_state(model: nn.Module) -> dict[str, Any]:
+    """The parameters of all adapters under their names in the model's state_dict, the mark, and AdaLoRA's ranks where there are
+    any. ValueError for sharded parameters."""
     state = attached(model)
     named = [(wrapper, name) for _, wrapper in wrappers(model) for name in wrapper.adapter_names()]
     ours = {id(p) for wrapper, name in named for p in wrapper.adapter_parameters(name)}
@@ -29,7 +32,16 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {name: p.detach() for name, p in model.named_parameters() if id(p) in ours}
     if sharded := [name for name, p in found.items() if isinstance(p, DTensor)]:
         raise ValueError(f"model: expected adapters that are whole in each process, got sharded ones, {sharded[0]} for one")
-    return found | {MARK: torch.ones(1, dtype=torch.uint8)}
+    ranks = adalora_state(model)
+    return found | {MARK: torch.ones(1, dtype=torch.uint8)} | ({RANKS: ranks} if ranks else {})
+
+
+def fit_to_loaded(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """A hook before load_state_dict: AdaLoRA's parameters become as large as those in the file, and its allocators go on as they
+    did there. Takes this out of ``state_dict``."""
+    ranks = state_dict.pop(RANKS, None)
+    if ranks is not None and find_attached(model) is not None:
+        restore_adalora(model, ranks)
 
 
 def check_loaded(model: nn.Module, incompatible: Any) -> None:
@@ -39,7 +51,7 @@ def check_loaded(model: nn.Module, incompatible: Any) -> None:
     if MARK not in unexpected:
         return
     unexpected.remove(MARK)
-    ours = set(adapter_state(model)) if find_attached(model) is not None else set()
+    ours = set(adapter_state(model)) - {RANKS} if find_attached(model) is not None else set()
     lacking, others = sorted(ours & set(missing)), sorted(unexpected)
     if lacking or others:
         raise ValueError(
@@ -67,20 +79,18 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str 
 
 def read_state(model: nn.Module, path: str | os.PathLike) -> None:
     """Fill the adapters in place with a ``state_file``. ValueError where it doesn't fit."""
-    found, ours = read_torch(path), adapter_state(model)
-    _check_state(found, ours, path)
-    check_loaded(model, model.load_state_dict(found, strict=False))
+    state = read_torch(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected tensors by name, got a {type(state).__name__}")
+    fit_to_loaded(model, state)
+    _check_shapes(state, adapter_state(model), path)
+    check_loaded(model, model.load_state_dict(state, strict=False))
 
 
-def _check_state(found: Any, ours: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+def _check_shapes(state: dict[str, Any], ours: dict[str, Any], path: str | os.PathLike) -> None:
     """Before any of it is loaded."""
-    if not isinstance(found, dict) or MARK not in found:
-        raise ValueError(f"{path}: expected tensors by name, {MARK} among them, got another object")
-    differing = sorted(map(str, set(found) ^ set(ours)))
-    if differing:
-        raise ValueError(f"{path}: expected the tensors of the model's adapters, got others or not all: {', '.join(differing)}")
     for name, tensor in ours.items():
-        theirs = found[name]
-        if not isinstance(theirs, torch.Tensor) or theirs.shape != tensor.shape or theirs.dtype != tensor.dtype:
-            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, torch.Tensor) else type(theirs).__name__
-            raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)} {tensor.dtype}, got {got}")
+        theirs = state.get(name)
+        if isinstance(tensor, torch.Tensor) and theirs is not None and getattr(theirs, "shape", None) != tensor.shape:
+            got = tuple(theirs.shape) if isinstance(theirs, torch.Tensor) else type(theirs).__name__
+            raise ValueError(f"{path}: {name}: expected shape {tuple(tensor.shape)}, got {got}")

@@ -1,7 +1,7 @@
 """torch's tensor parallelism for layers of peftk, plain or with LoRA or AdaLoRA: styles for its ``parallelize_module``.
 
-    plan = {"model.layers.*.mlp.up_proj": ColwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()}
-    parallelize_module(model, mesh, plan)
+    parallelize_module(model, mesh, plan_of(model))            # a transformers model, as its config says
+    parallelize_module(model, mesh, {"layers.*.mlp": SharedInput(), "layers.*.mlp.up": ColwiseParallel(), … RowwiseParallel()})
 
 Attach adapters and load weights before, make the optimizer after. Other modules go to torch's own styles. Of an adapter's A
 (r, k) and B (n, r), one is split with W and the other is whole in every process, the first one's; its gradient is summed.
@@ -10,6 +10,9 @@ Dropout's mask is the same in every process only where their generators are; els
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -18,7 +21,7 @@ from torch.distributed.tensor import parallel as styles
 from peftk.methods.adalora_linear import AdaLoraLinear
 from peftk.methods.lora_linear import LoraLinear
 from peftk.nn import DenseConv1D, DenseLinear, NF4Linear
-from peftk.nn.tensor_parallel import COLUMNS, ROWS, check_split, split
+from peftk.nn.tensor_parallel import COLUMNS, ROWS, check_split, split, split_layers
 
 BASES = (DenseConv1D, DenseLinear, NF4Linear)
 
@@ -73,6 +76,32 @@ class RowwiseParallel(styles.RowwiseParallel):
         module.register_forward_pre_hook(split_input)
         module.register_forward_hook(summed_output)
         return module
+
+
+class SharedInput(styles.ParallelStyle):
+    """For a module whose layers split by rows take its first argument (``hidden_states`` where it is given by name): the gradient
+    of that is summed once for all of them, not for each."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def shared(_: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if inputs:
+                return (_replicated(inputs[0], device_mesh), *inputs[1:]), named
+            return inputs, named | {"hidden_states": _replicated(named["hidden_states"], device_mesh)}
+
+        module.register_forward_pre_hook(shared, with_kwargs=True)
+        return module
+
+
+def _replicated(x: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+
+
+def plan_of(model: nn.Module) -> dict[str, styles.ParallelStyle]:
+    """Splits a transformers model as its own plan has it; embeddings, norms and head stay whole. ValueError for one without a
+    plan. Heads, those of keys and values too, and inner width must be multiples of the processes."""
+    dims = dict(split_layers(model))
+    shared = {path.rpartition(".")[0]: SharedInput() for path, dim in dims.items() if dim == ROWS}
+    return shared | {path: ColwiseParallel() if dim == ROWS else RowwiseParallel() for path, dim in dims.items()}
 
 
 def split_layer(module: nn.Module, mesh: DeviceMesh, dim: int) -> None:

@@ -22,7 +22,7 @@ from peftk.methods.attach import attached, known
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_conv import CONVOLUTIONS
 from peftk.methods.lora_fields import is_number, is_pattern, is_rank
-from peftk.methods.targets import ALL_LINEAR, check_can_be_saved_whole, put_in_place, select, select_whole, visible_modules
+from peftk.methods.targets import ALL_LINEAR, put_in_place, select, select_whole, visible_modules
 from peftk.nn import is_adaptable
 
 logger = logging.getLogger("peftk")
@@ -115,9 +115,7 @@ class AdaLoraConfig(LoraConfig):
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
         paths = self.targets(model)
-        whole = select_whole(modules, self)
-        for path in whole:
-            check_can_be_saved_whole(path, modules[path])
+        whole = select_whole(modules, self, paths)
         ranks = self._ranks(paths)
         _check_groups({path: modules[path] for path in paths})
         put_in_place(model, {modules[p]: _wrap for p in paths} | {modules[p]: ModuleToSave for p in whole})

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.lora_linear import keep_off_fast_path
+from peftk.methods.row_branches import forward_rows
 from peftk.nn import base_layer
 from peftk.nn.dense_linear import add_low_rank
 
@@ -25,19 +26,12 @@ class AdaLoraLinear(AdaLoraLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rows is not None:
-            return self._forward_rows(x)
+            return forward_rows(self, x, self._branches, self._add)
         branches = self._branches(self.running())
         if not branches:
             return self.base_layer.forward(x)
         (A, B, scale, dropout), *others = branches
         return self._add(self.base_layer.forward_low_rank(x, A, B, scale, dropout=dropout), x, others)
-
-    def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer.forward(x)
-        for names, rows in self.rows_of(x.shape[0], x.device).items():
-            if branches := self._branches(names):
-                y = y.index_copy(0, rows, self._add(y[rows], x[rows], branches))
-        return y
 
     def _branches(self, names: Iterable[str]) -> list[tuple[torch.Tensor, torch.Tensor, float, float]]:
         """(Lambda Q, P, scale, dropout) of each adapter that has triplets left: a LoRA's A and B."""

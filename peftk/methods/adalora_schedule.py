@@ -75,6 +75,7 @@ class AdaLoraSchedule:
         self.allocator = rank_allocator(model, adapter_name)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self._check_parameters(optimizer)
+        self._drop_states_of_other_ranks(optimizer)
         if total_step is not None:
             dataclasses.replace(self.allocator.config, total_step=total_step)  # its checks
             self.allocator.config.total_step = total_step
@@ -114,6 +115,22 @@ class AdaLoraSchedule:
         for path, triplets in _matrices(self.model, self.adapter_name).items():
             if any(id(p) not in theirs for p in triplets):
                 raise ValueError(f"optimizer: expected the parameters of {self.adapter_name!r} in it, got one without {path}'s")
+
+    def _drop_states_of_other_ranks(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that trained fewer triplets, before an earlier checkpoint was loaded into the model, has no use for those
+        states, and torch's fused kernels would go past their ends."""
+        dropped = []
+        for path, triplets in _matrices(self.model, self.adapter_name).items():
+            for parameter in triplets:
+                tensors = [t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, torch.Tensor) and t.dim() == 2]
+                shapes = {t.shape for t in tensors}  # two, where an optimizer keeps sums over rows and over columns
+                if len(shapes) == 1 and parameter.shape not in shapes:
+                    del optimizer.state[parameter]
+                    dropped.append(path)
+        if dropped:
+            logger.warning(
+                "optimizer: states for another number of triplets are dropped, of %s", ", ".join(dict.fromkeys(dropped))
+            )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_inside_a_step():

@@ -16,7 +16,7 @@ from torch import nn
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, check_adapter_name, swap_modules
 from peftk.methods.biases import TrainedBiases
-from peftk.shards import is_shard
+from peftk.shards import check_whole
 
 logger = logging.getLogger("peftk")
 _STATE = "_peftk_adapters"
@@ -65,8 +65,7 @@ def attach(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.M
     if not callable(getattr(config, "inject", None)):
         raise TypeError(f"config: expected a method's config, LoraConfig for one, got {type(config).__name__}")
     check_new_name(model, adapter_name)
-    if split := next((name for name, p in model.named_parameters() if is_shard(p)), None):
-        raise ValueError(f"model: expected whole parameters, got one whose {split} is split among processes; attach before that")
+    check_whole(model, "model", "attach before it is split")
     state = find_attached(model)
     if state is None:
         state = Attached({name for name, p in model.named_parameters() if p.requires_grad})
@@ -168,6 +167,8 @@ def take_out(model: nn.Module, gone: list[Wrapper]) -> None:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

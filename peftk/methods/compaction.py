@@ -12,7 +12,7 @@ from peftk.methods.adalora_layer import AdaLoraLayer
 from peftk.methods.attach import attached, wrappers
 from peftk.shards import is_shard
 
-_ROWS_OF = (0, 0, 1)  # the dimension of A, E and B that counts triplets
+ROWS_OF = (0, 0, 1)  # the dimension of A, E and B that counts triplets
 
 
 def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, adapter_name: str | None = None) -> nn.Module:
@@ -53,7 +53,7 @@ def _cuts(model: nn.Module, name: str, kept: dict[str, torch.Tensor]) -> list[tu
     return [
         (path, parameter, rows, dim)
         for path, rows in kept.items()
-        for parameter, dim in zip(model.get_submodule(path).triplets(name), _ROWS_OF, strict=True)
+        for parameter, dim in zip(model.get_submodule(path).triplets(name), ROWS_OF, strict=True)
         if not rows.all()
     ]
 
@@ -91,7 +91,11 @@ def _cut(parameter: nn.Parameter, dim: int, index: torch.Tensor, state: dict[str
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
             state[key] = value.index_select(dim, index.to(value.device))
-    new = parameter.detach().index_select(dim, index)
+    put_values(parameter, parameter.detach().index_select(dim, index))
+
+
+def put_values(parameter: nn.Parameter, new: torch.Tensor) -> None:
+    """The Parameter stays the same object, without a gradient; ``new`` may be of another shape."""
     parameter.grad = None
     # Where the last loss is still alive, so is the node that gathers this Parameter's gradient, and it expects the old shape.
     # torch makes a new one when the dtype changes, on the way to the new tensor.

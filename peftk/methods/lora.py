@@ -33,14 +33,14 @@ from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.lora_rules import check_config, check_layers
 from peftk.methods.target_parameters import parameters_class, select_parameters
 from peftk.methods.targets import (
-    ALL_LINEAR,
-    check_can_be_saved_whole,
+    is_all_linear,
     pattern_value,
     put_in_place,
     select,
     select_whole,
     short_names,
     visible_modules,
+    whole_names,
 )
 from peftk.nn import DenseConv1D, base_layer, is_adaptable
 from peftk.progress import track
@@ -123,6 +123,11 @@ class LoraConfig:
         for name, (fits, expected) in checks.items():
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        for name in ("modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            for entry in [value] if isinstance(value, str) else value or ():
+                if not is_expression(entry):
+                    raise ValueError(f"{name}: expected names, which are read as regular expressions, got {entry!r}")
         check_config(self)
 
     @classmethod
@@ -174,9 +179,7 @@ class LoraConfig:
         paths = self.targets(model)
         if both := [path for path in paths if path in stacked]:
             raise ValueError(f"target_parameters: {both[0]} is adapted whole by target_modules already")
-        whole = select_whole(modules, self)
-        for path in whole:
-            check_can_be_saved_whole(path, modules[path])
+        whole = select_whole(modules, self, (*paths, *stacked))
         kinds = {path: layer_class(modules[path]) for path in paths} | {p: parameters_class(modules[p]) for p in stacked}
         check_layers(self, model, {path: (modules[path], kind) for path, kind in kinds.items()})
         sizes = {path: self._rank_and_scaling(path) for path in paths}
@@ -222,10 +225,9 @@ class LoraConfig:
     def _resolved(self, model: nn.Module, modules: dict[str, nn.Module], paths: list[str], whole: list[str]) -> LoraConfig:
         """Another program may read "all-linear" or None in another way: the copy says names."""
         config = copy.deepcopy(self)
-        if self.target_modules is None or self.target_modules == ALL_LINEAR:
+        if self.target_modules is None or is_all_linear(self.target_modules):
             config.target_modules = short_names(modules, paths, self)
-        if whole:
-            config.modules_to_save = sorted({*(self.modules_to_save or ()), *(path.rpartition(".")[2] for path in whole)})
+        config.modules_to_save = whole_names(config, whole)
         config.fan_in_fan_out = bool(paths) and all(
             isinstance(model.get_submodule(path).base_layer, DenseConv1D) for path in paths
         )

@@ -13,6 +13,7 @@ from peftk.methods import dora
 from peftk.methods.adapter import AdapterLayer
 from peftk.methods.dora import Decomposed
 from peftk.methods.lora_init import Start, draw
+from peftk.methods.row_branches import forward_rows
 from peftk.nn import NF4Linear, base_layer
 from peftk.nn.dense_linear import add_low_rank
 from peftk.ops import quantize_nf4
@@ -142,12 +143,10 @@ class LoraLinear(Decomposed, AdapterLayer):
         return self._add(y, x, others)
 
     def _forward_rows(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer.forward(x)
-        for names, rows in self.rows_of(x.shape[0], x.device).items():
+        y = forward_rows(self, x, lambda names: [] if self.have_dora(names) else self._branches(names), self._add)
+        for names, rows in self.rows_of(x.shape[0], x.device).items() if self.with_dora else ():
             if self.have_dora(names):
                 y = y.index_copy(0, rows, self._forward_dora(x[rows], list(names)))
-            elif branches := self._branches(names):
-                y = y.index_copy(0, rows, self._add(y[rows], x[rows], branches))
         return y
 
     def _forward_dora(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:

@@ -13,8 +13,13 @@ from torch import nn
 from peftk.methods.adapter import AdapterLayer, Wrapper
 from peftk.methods.attach import attached, find_attached, known, refresh, wrappers
 from peftk.methods.merge_report import MergeReport, report_of
+from peftk.shards import check_whole
 
 logger = logging.getLogger("peftk")
+INSTEAD_OF_MERGING = (
+    "save the adapter (peftk.save_adapter gathers it), and in one process load it on the base model (peftk.load_adapter) and "
+    "merge there"
+)
 _Work = list[tuple[str, Wrapper, list[str]]]  # path, module, the names to merge that it has
 
 
@@ -49,7 +54,8 @@ def merge(
     """Add adapters (the active ones if None) to the weights: all of them in fp32, then one rounding or quantisation a weight.
     Returns the model, which then runs at the base's cost.
 
-    ValueError for what no weight can hold: prompts, prefixes, some convolutions with groups.
+    ValueError for what no weight can hold: prompts, prefixes, some convolutions with groups; and for a model that is split among
+    processes: no one of them has a whole weight to round.
     ``safe``: every weight is checked for NaN and Inf before any is changed; ValueError names the layer and the adapter.
     ``keep_original``: the original bytes are kept, so that ``unmerge`` is exact, and so that a merge that fails on the way puts
     back what it has changed; without them such a failure is a RuntimeError. A weight that is tied to another module's is
@@ -57,6 +63,7 @@ def merge(
     fp32 sum. ValueError then for a model with merged adapters.
     """
     state = attached(model)
+    check_whole(model, "model", INSTEAD_OF_MERGING)
     before = list(state.merged)
     names = known(state, state.active if adapter_names is None else adapter_names, "adapter_names")
     new = [name for name in names if name not in before]
@@ -84,6 +91,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Put the original bytes back, exactly, and use the adapters beside them again. Returns the model. RuntimeError where the
     bytes weren't kept; nothing is changed then."""
     state = attached(model)
+    if state.merged:
+        check_whole(model, "model", "unmerge before it is split")
     if state.merged and not state.kept_original:
         raise RuntimeError("model: expected one merged with keep_original=True, got one whose original weights were not kept")
     for _, wrapper in wrappers(model):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftk.methods.prefix_tuning import PrefixTuningConfig
-from peftk.methods.targets import TASK_HEADS, names_match
+from peftk.methods.targets import TASK_HEADS
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PTuningV2Config(PrefixTuningConfig):
 
     def build(self, model: nn.Module) -> nn.Module:
         heads = TASK_HEADS.get(self.task_type, ())
-        if heads and not self.modules_to_save and not any(names_match(path, heads) for path, _ in model.named_modules()):
+        if heads and not self.modules_to_save and not any(path.endswith(heads) for path, _ in model.named_modules()):
             raise ValueError(
                 f"task_type: expected a model with a head called {' or '.join(heads)} for {self.task_type}, got none"
             )

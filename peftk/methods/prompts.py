@@ -17,7 +17,7 @@ from torch import nn
 
 from peftk.methods.adapter import Beside, ModuleToSave, Wrapper
 from peftk.methods.attach import attached, known, wrappers
-from peftk.methods.targets import check_can_be_saved_whole, put_in_place, select_whole, visible_modules
+from peftk.methods.targets import put_in_place, select_whole, visible_modules, whole_names
 
 # Fields of HF peft's file that say nothing about what is computed.
 _INFORMATIVE = {"peft_type", "peft_version", "auto_mapping", "revision", "runtime_config"}
@@ -113,8 +113,6 @@ class PromptConfig:
         config._has_hf_task = config.task_type is not None and is_encoder_decoder(model) <= (config.task_type == "SEQ_2_SEQ_LM")
         modules = visible_modules(model, lambda module: isinstance(module, Wrapper))
         whole = select_whole(modules, config)
-        for path in whole:
-            check_can_be_saved_whole(path, modules[path])
         beside = config.KIND.of(model)
         encoder = config.build(model).train(model.training)
         if beside is None:
@@ -124,8 +122,7 @@ class PromptConfig:
         put_in_place(model, {modules[path]: ModuleToSave for path in whole})
         for path in whole:
             model.get_submodule(path).add_adapter(name)
-        if whole:
-            config.modules_to_save = sorted({*(self.modules_to_save or ()), *(path.rpartition(".")[2] for path in whole)})
+        config.modules_to_save = whole_names(config, whole)
         return config
 
     def build(self, model: nn.Module) -> nn.Module:

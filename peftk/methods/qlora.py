@@ -6,16 +6,19 @@ Norms, embeddings and head keep their dtype. qlora_recipe.py has the paper's set
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
+from peftk.methods.adapter import Wrapper
 from peftk.methods.attach import attach, check_new_name, find_attached, wrappers
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_init import TAKEN_FROM_W, family
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.qlora_recipe import qlora_recipe
-from peftk.methods.targets import TASK_HEADS, output_heads
+from peftk.methods.targets import TASK_HEADS, output_heads, select_whole, visible_modules
 from peftk.nn import quantizable, quantize_model
 
 
@@ -48,10 +51,32 @@ def qlora(
         _attach_and_quantize(model, config, adapter_name, kept, block_size, double_quant)
     quantize_model(model, kept, block_size, double_quant, progress)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        _enable_checkpointing(model)
     state = find_attached(model)
     return model if state is not None and adapter_name in state.configs else attach(model, config, adapter_name)
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """By the model's own methods. The hooks with which they make inputs ask for gradients are kept out of whole graphs, which
+    refuse them ("returning intermediate with requires_grad_()") and checkpoint without."""
+    before = {id(hook) for module in model.modules() for hook in module._forward_hooks.values()}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not _new_hooks(model, before):  # transformers adds them by itself where it knows of an adapter
+        model.enable_input_require_grads()
+    for hooks, key in _new_hooks(model, before):
+        hooks[key] = _outside_of_graphs(hooks[key])
+
+
+def _new_hooks(model: nn.Module, before: set[int]) -> list[tuple[dict[int, Any], int]]:
+    tables = [module._forward_hooks for module in model.modules()]
+    return [(hooks, key) for hooks in tables for key, hook in hooks.items() if id(hook) not in before]
+
+
+def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        return None if torch.compiler.is_compiling() else hook(*arguments)
+
+    return called
 
 
 def _attach_and_quantize(
@@ -73,7 +98,8 @@ def _attach_and_quantize(
 def _kept_dense(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     heads = {id(head) for head in output_heads(model)}
     paths = [path for path, module in model.named_modules() if id(module) in heads]
-    return (*paths, *(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type, ()))
+    modules = visible_modules(model, lambda module: isinstance(module, Wrapper))
+    return (*paths, *select_whole(modules, config), *TASK_HEADS.get(config.task_type, ()))
 
 
 def _check_checkpointing(model: nn.Module) -> None:

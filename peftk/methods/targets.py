@@ -37,6 +37,11 @@ TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "s
 ALL_LINEAR = "all-linear"
 
 
+def is_all_linear(wanted: Any) -> bool:
+    """HF peft takes it in capitals, too."""
+    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
 def names_match(path: str, wanted: str | Iterable[str]) -> bool:
     """A string is a regular expression for the whole path; of a list, one entry is the path or its last components."""
     if isinstance(wanted, str):
@@ -85,7 +90,7 @@ def select(
     """
     wanted = config.target_modules if config.target_modules is not None else default_targets(model)
     modules = visible_modules(model, is_ours)
-    if wanted == ALL_LINEAR:
+    if is_all_linear(wanted):
         heads = {id(head) for head in output_heads(model)}
         linear = [path for path, m in modules.items() if is_supported(m) and _is_linear(m) and id(m) not in heads]
         paths = [path for path in linear if not _is_excluded(path, config) and _layer_is_wanted(path, config)]
@@ -119,18 +124,46 @@ def short_names(modules: dict[str, nn.Module], paths: list[str], config: Any) ->
     return names if set(matching(modules, names, config)) == set(paths) else sorted(paths)
 
 
-def select_whole(modules: dict[str, nn.Module], config: Any) -> list[str]:
-    """Paths of ``modules_to_save`` and of the task's head. ValueError for a name that matches nothing."""
+def select_whole(modules: dict[str, nn.Module], config: Any, targets: Iterable[str] = ()) -> list[str]:
+    """Paths of ``modules_to_save`` and of the task's head: those that end in one of the names, as in HF peft, so that "norm" also
+    takes input_layernorm. What is inside another one of them is trained with it.
+
+    ``targets``: what gets adapters from the same config. ValueError for a name that matches nothing, and where a match can't be
+    trained whole: a container, one with another adapter, one in 4 bits, or one that holds a target.
+    """
     given, heads = list(config.modules_to_save or ()), TASK_HEADS.get(config.task_type, ())
     for name in given:
-        if name not in heads and not any(names_match(path, [name]) for path in modules):
+        if name not in heads and not any(path.endswith(name) for path in modules):
             have = sorted({path.rpartition(".")[2] for path in modules})
             raise ValueError(f"modules_to_save: expected names of modules, got {name!r}; there are {', '.join(have)}")
-    return [path for path in modules if names_match(path, [*given, *heads])]
+    chosen = {path for path in modules if path.endswith((*given, *heads))}
+    whole = [path for path in modules if path in chosen and not any(outer in chosen for outer in _outer(path))]
+    for path in whole:
+        _check_can_be_saved_whole(path, modules[path])
+    for target in targets:
+        if around := next((path for path in (target, *_outer(target)) if path in whole), None):
+            raise ValueError(
+                f"modules_to_save: {given} also selects {around}, by the end of its name, and target_modules {target}: a module "
+                "is trained whole or gets adapters; give a longer part of its path"
+            )
+    return whole
 
 
-def check_can_be_saved_whole(path: str, module: nn.Module) -> None:
-    """ValueError where another adapter, or a weight in 4 bits, stands in a module that is to be trained whole."""
+def whole_names(config: Any, whole: list[str]) -> list[str] | None:
+    """``modules_to_save`` with the task's heads that the model has; None where nothing is trained whole."""
+    heads = [head for head in TASK_HEADS.get(config.task_type, ()) if any(path.endswith(head) for path in whole)]
+    return sorted({*(config.modules_to_save or ()), *heads}) or None
+
+
+def _outer(path: str) -> list[str]:
+    """The paths of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _check_can_be_saved_whole(path: str, module: nn.Module) -> None:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        raise ValueError(f"modules_to_save: expected modules that are called, {path} is a {type(module).__name__}")
     for below, part in () if isinstance(module, ModuleToSave) else module.named_modules():
         where = f"{path}.{below}".rstrip(".")
         if isinstance(part, Wrapper):
@@ -165,20 +198,22 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_excluded(path: str, config: Any) -> bool:
-    """Excluded by name, or part of a module that is trained whole."""
+    """Excluded by name, or trained whole, or part of what is; HF peft reads those names as regular expressions here."""
     if config.exclude_modules and names_match(path, config.exclude_modules):
         return True
     whole = [*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type, ())]
-    return any(f".{name}." in f".{path}." for name in whole)
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in whole)
 
 
 def _layer_is_wanted(path: str, config: Any) -> bool:
-    """By the first numbered component of the path, after one of ``layers_pattern`` if given."""
+    """By the first numbered component of the path, after one of ``layers_pattern`` if given. Without, HF peft wants something in
+    front of the list; a list at the model's top counts here where it finds no other."""
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or [r"[^.]*"]
+    given = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = [rf"(?:^|.*?\.){pattern}" for pattern in given] if config.layers_pattern else [r".*?\.[^.]*", r"[^.]*"]
     for pattern in patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
+        if found := re.match(rf"{pattern}\.(\d+)\.", path):
             return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
     return False

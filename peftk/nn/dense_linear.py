@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -9,7 +11,7 @@ from torch.nn import functional
 from peftk.ops.lora_linear import has_kernel, lora_linear
 from peftk.ops.nf4_lora_linear import check_low_rank
 from peftk.ops.philox_dropout import draw_seed, philox_dropout
-from peftk.shards import factor
+from peftk.shards import factor, is_shard
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -36,11 +38,35 @@ def add_low_rank(
     return y + functional.linear(s, B.to(s.dtype)) * scale
 
 
+def add_low_rank_rows(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    A: Sequence[torch.Tensor],
+    B: Sequence[torch.Tensor],
+    scale: Sequence[float],
+    index: Sequence[int],
+    z: torch.Tensor | None,
+) -> torch.Tensor:
+    """y (b, ..., n) and beside it each adapter's branch for its own of the b rows, as ``peftk.ops.nf4_lora_linear_rows`` has
+    them."""
+    branch = x if z is None else z
+    for i, (a, b, one) in enumerate(zip(A, B, scale, strict=True)):
+        rows = torch.tensor([row for row, adapter in enumerate(index) if adapter == i], device=x.device)
+        if rows.numel():
+            s = functional.linear(branch[rows], a.to(branch.dtype))
+            y = y.index_add(0, rows, (functional.linear(s, b.to(s.dtype)) * one).to(y.dtype))
+    return y
+
+
 class Dense:
     """What all layouts share; ``self.weight`` is (n, k) or, for Conv1D, (k, n), and ``_rows()`` W (n, k); of a layer that
     is split among processes (nn/tensor_parallel.py) this one's part."""
 
     is_tensor_parallel: bool = False
+
+    def _check_whole(self) -> None:
+        if is_shard(self.weight):
+            raise ValueError("layer: expected a whole weight, got one that is split among processes; change weights before that")
 
     def _own(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
         return factor(parameter) if self.is_tensor_parallel and parameter is not None else parameter
@@ -65,6 +91,18 @@ class Dense:
             return lora_linear(x, self._rows(), A, B, scale, self._own(self.bias) if with_bias else None, z, dropout, seed)
         return add_low_rank(self.forward(x) if with_bias else self.product(x), x, A, B, scale, z, dropout, seed)
 
+    def forward_low_rank_rows(
+        self,
+        x: torch.Tensor,
+        A: Sequence[torch.Tensor],
+        B: Sequence[torch.Tensor],
+        scale: Sequence[float],
+        index: Sequence[int],
+        z: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward(x), and for row i of the batch the branch of adapter index[i]; -1: none."""
+        return add_low_rank_rows(self.forward(x), x, A, B, scale, index, z)
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, (..., k) -> (..., n), without the bias."""
         return functional.linear(x, self._rows())
@@ -80,6 +118,7 @@ class Dense:
     @torch.no_grad()
     def restore_weight(self, snapshot: torch.Tensor) -> None:
         """Put a snapshot back, bit for bit."""
+        self._check_whole()
         self.weight.copy_(snapshot)
 
 
@@ -103,6 +142,7 @@ class DenseLinear(Dense, nn.Linear):
     @torch.no_grad()
     def set_dense_weight(self, w: torch.Tensor) -> None:
         """Replace W by w (n, k), rounded once to the layer's dtype. ValueError for another shape."""
+        self._check_whole()
         if w.shape != self.weight.shape:
             raise ValueError(f"w: expected {tuple(self.weight.shape)}, got {tuple(w.shape)}")
         self.weight.copy_(w)
@@ -132,6 +172,7 @@ class DenseConv1D(Dense, nn.Module):
     @torch.no_grad()
     def set_dense_weight(self, w: torch.Tensor) -> None:
         """Replace W by w (n, k), rounded once to the layer's dtype. ValueError for another shape."""
+        self._check_whole()
         if w.shape != self.weight.T.shape:
             raise ValueError(f"w: expected {tuple(self.weight.T.shape)}, got {tuple(w.shape)}")
         self.weight.copy_(w.T)

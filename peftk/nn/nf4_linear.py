@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import nn
 
 from peftk.format.nf4 import NF4Weight
 from peftk.nn import sharded_state
-from peftk.nn.dense_linear import add_low_rank, is_conv1d
+from peftk.nn.dense_linear import add_low_rank, add_low_rank_rows, is_conv1d
 from peftk.nn.int8_activations import wants_int8
-from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, quantize_nf4
-from peftk.shards import factor, is_shard, part, whole
+from peftk.ops import nf4_linear, nf4_linear_int8, nf4_lora_linear, nf4_lora_linear_rows, quantize_nf4
+from peftk.ops.nf4_lora_linear_rows import has_kernel
+from peftk.shards import check_whole, factor, part, whole
 
+BEFORE = "change weights before they are split"
 _CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 
 
@@ -64,6 +66,7 @@ class NF4Linear(nn.Linear):
         bad index where the weight isn't finite; TypeError names another class."""
         if not is_conv1d(linear) and (not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear)):
             raise TypeError(f"linear: expected nn.Linear or Conv1D with a dense weight, got {type(linear).__name__}")
+        check_whole(linear, "linear", BEFORE)
         weight = linear.weight.detach()
         if is_conv1d(linear):
             weight = weight.T
@@ -92,8 +95,6 @@ class NF4Linear(nn.Linear):
     def _store(self, w4: NF4Weight, in_place: bool = False) -> None:
         """Take over a quantised weight; ``in_place`` keeps the Parameter object and writes the bytes into it."""
         n, k = self.out_features, self.in_features
-        if is_shard(self._parameters.get("weight")):
-            raise RuntimeError("weight: expected a whole layer, got one of which this process holds a part: change it before")
         held = self._parameters.pop("absmax", None) is not None
         packed = w4.packed.reshape((n, k // 2) if k % 2 == 0 else (-1, 1))
         if in_place and self.weight.shape == packed.shape and not self.weight.is_meta:
@@ -139,15 +140,16 @@ class NF4Linear(nn.Linear):
     @property
     def stored_bytes(self) -> int:
         """Of the codes and constants of the whole layer."""
-        return sum(t.numel() * t.element_size() for t in (self.weight, *self._constants()) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.weight, *self.constants()))
 
     @property
     def quant_facts(self) -> torch.Tensor:
         """What the state dict of a split layer says of it beside its tensors, uint8."""
         return sharded_state.quant_facts(self)
 
-    def _constants(self) -> list[torch.Tensor | None]:
-        return [getattr(self, name) for name in _CONSTANTS]
+    def constants(self) -> list[torch.Tensor]:
+        """The blocks' constants as the layer holds them: absmax and, double quantised, its scale and offset."""
+        return [constant for name in _CONSTANTS if (constant := getattr(self, name)) is not None]
 
     def _own_w4(self) -> NF4Weight:
         """``w4`` around the Parameter itself, kept from call to call: making it anew costs as much as a small product."""
@@ -195,6 +197,27 @@ class NF4Linear(nn.Linear):
             y = nf4_lora_linear(h, self._own_w4(), A, B, scale, bias, z, dropout, seed)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
+    def forward_low_rank_rows(
+        self,
+        x: torch.Tensor,
+        A: Sequence[torch.Tensor],
+        B: Sequence[torch.Tensor],
+        scale: Sequence[float],
+        index: Sequence[int],
+        z: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward(x), and for row i of the batch the branch of adapter index[i], -1 for none, in one op:
+        ``peftk.ops.nf4_lora_linear_rows``. By parts with 8-bit activations, and where the op has no kernel."""
+        h, z = self._in_compute_dtype(x), z if z is None else self._in_compute_dtype(z)
+        bias = self._own_bias()
+        if wants_int8(self, x, *A, *B, z, bias):
+            y = add_low_rank_rows(nf4_linear_int8(h, self._own_w4(), bias), h, A, B, scale, index, z)
+        elif has_kernel(h):
+            y = nf4_lora_linear_rows(h, self._own_w4(), A, B, scale, index, bias, z)
+        else:
+            y = add_low_rank_rows(nf4_linear(h, self._own_w4(), bias), h, A, B, scale, index, z)
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, (..., k) -> (..., n), without the bias and never with 8-bit activations."""
         return nf4_linear(self._in_compute_dtype(x), self._own_w4()).to(x.dtype)
@@ -214,6 +237,7 @@ class NF4Linear(nn.Linear):
         that aren't finite; the layer is then as before."""
         if tuple(w.shape) != (self.out_features, self.in_features):
             raise ValueError(f"w: expected {(self.out_features, self.in_features)}, got {tuple(w.shape)}")
+        check_whole(self, "layer", BEFORE)
         w4 = self._quantised(w.to(self.weight.device), "w")
         w4.dtype = self.weight_dtype
         self._store(w4, in_place=True)
@@ -232,10 +256,11 @@ class NF4Linear(nn.Linear):
         """Put a snapshot back, bit for bit. ValueError for one of another shape."""
         if tuple(snapshot.shape) != (self.out_features, self.in_features):
             raise ValueError(f"snapshot: expected {(self.out_features, self.in_features)}, got {tuple(snapshot.shape)}")
+        check_whole(self, "layer", BEFORE)
         self._store(snapshot.to(self.weight.device), in_place=True)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
-        stored = [self.weight, *self._constants()]
+        stored = [self.weight, *self.constants()]
 
         def without_cast(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -283,6 +308,12 @@ class NF4Linear(nn.Linear):
     def _loaded(self, state_dict: dict[str, torch.Tensor], prefix: str, has_parts: bool) -> NF4Weight:
         """The file's 4-bit weight, or its float weight in 4 bits. Nothing of the layer changes yet."""
         key, shape = f"{prefix}weight", (self.out_features, self.in_features)
+        check_whole(
+            self,
+            "layer",
+            "load whole weights before it is split, or what torch.distributed.checkpoint saved of split ones",
+            prefix,
+        )
         w = state_dict[key]
         if has_parts or not isinstance(w, torch.Tensor) or not w.dtype.is_floating_point:
             w = NF4Weight.from_state_dict(state_dict, prefix)

@@ -13,6 +13,7 @@ from peftk.nn.dense_linear import is_conv1d
 from peftk.nn.experts import Experts, has_other_experts, is_experts
 from peftk.nn.nf4_linear import NF4Linear
 from peftk.progress import track
+from peftk.shards import check_whole
 
 logger = logging.getLogger("peftk")
 
@@ -31,8 +32,9 @@ def quantize_model(
     (transformers' ``_keep_in_fp32_modules``: T5 casts to ``wo.weight.dtype``); weights that another module shares (tied heads);
     children of nn.TransformerEncoderLayer (its fast path reads their floats itself). A module that stands at several places is
     quantised once and stays shared. A ValueError names the layer where a weight isn't finite; layers before it are quantised by
-    then. ValueError, before anything is changed, for experts whose forward pass can't be served one at a time. TypeError for a
-    model that is itself a linear layer or experts, and for a ``skip`` that is one string.
+    then. ValueError, before anything is changed, for experts whose forward pass can't be served one at a time, and for layers
+    that are split among processes. TypeError for a model that is itself a linear layer or experts, and for a ``skip`` that is one
+    string.
     """
     if _is_dense(model):
         raise TypeError("model: expected a module that holds linear layers, got a linear layer; use NF4Linear.from_linear")
@@ -42,6 +44,8 @@ def quantize_model(
         raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
     shared = _shared_weights(model)
     places = _Places(model, skip)
+    for paths in places.found:
+        check_whole(model.get_submodule(paths[0]), "model", "quantise before it is split", paths[0])
     for paths in track(places.found, "quantising to NF4", progress):
         module = model.get_submodule(paths[0])
         weights = [module.weight] if _is_dense(module) else list(module._parameters.values())

@@ -8,6 +8,7 @@ instead of 4.13.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 ROWS, COLUMNS = 0, 1
+STYLES = {"colwise": ROWS, "rowwise": COLUMNS}  # transformers' names, after the matrix of y = x W
+
+
+def split_layers(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(path, ROWS or COLUMNS) of every layer that a transformers model's own plan splits: its config's ``base_model_tp_plan``,
+    which leaves out embeddings and head. ValueError for one without a plan, or with one that asks for more."""
+    plan = getattr(model.config, "base_model_tp_plan", None) or {}
+    if not plan or (others := set(plan.values()) - set(STYLES)):
+        got = f"{', '.join(sorted(others))}" if plan else "no plan"
+        raise ValueError(f"model: expected one whose base_model_tp_plan has {' and '.join(STYLES)}, got {got}")
+    for path, _ in model.named_modules():
+        words = path.removeprefix(f"{model.base_model_prefix}.").split(".")
+        if (style := plan.get(".".join("*" if word.isdigit() else word for word in words))) is not None:
+            yield path, STYLES[style]
 
 
 def check_split(layer: nn.Module, ranks: int, dim: int) -> None:
@@ -59,7 +74,7 @@ def split(layer: Dense | NF4Linear, mesh: DeviceMesh, dim: int) -> None:
 def _split_codes(layer: NF4Linear, mesh: DeviceMesh, dim: int) -> None:
     n, k, w4 = layer.out_features, layer.in_features, layer.w4
     absmax, scale, offset = w4.absmax, w4.absmax_scale, w4.absmax_offset
-    if scale is not None and (dim == COLUMNS or absmax.numel() // mesh.size() % NESTED_BLOCK):
+    if scale is not None and has_fp32_constants(layer, absmax.numel() // mesh.size(), dim):
         absmax, scale, offset = scales(absmax, scale, offset), None, None
     layer._parameters.pop("absmax", None)
     layer.weight = nn.Parameter(part_of(w4.packed.view(n, k // 2), mesh, dim), requires_grad=False)
@@ -67,6 +82,11 @@ def _split_codes(layer: NF4Linear, mesh: DeviceMesh, dim: int) -> None:
     layer.register_buffer("absmax_scale", scale if scale is None else part_of(scale, mesh, 0), persistent=False)
     layer.register_buffer("absmax_offset", offset, persistent=False)
     layer.double_quant = scale is not None
+
+
+def has_fp32_constants(layer: NF4Linear, blocks: int, dim: int) -> bool:
+    """Whether a part of so many blocks keeps its constants in fp32: where blocks of double-quantised ones don't end with it."""
+    return not layer.double_quant or dim == COLUMNS or blocks % NESTED_BLOCK != 0
 
 
 def part_of(tensor: torch.Tensor, mesh: DeviceMesh, dim: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ _forced: ContextVar[str | None] = ContextVar("peftk_implementation", default=Non
 _warned: set[tuple[str, str]] = set()
 # No ContextVar: autograd runs the backward pass of meta tensors on a thread of its own.
 _meta = {"stands for": "meta"}
+_asked: list[list[Choice]] = []  # no ContextVar for the same reason
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,40 @@ class Implementation:
     name: str  # of NAMES
     run: Callable[..., Any]
     reasons_against: Callable[..., list[str]]
+    kernel: Callable[..., str] | None = None  # which of its kernels takes these arguments, in words
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a TABLE's implementation says to some arguments."""
+
+    name: str
+    against: tuple[str, ...]  # empty: it can run
+    kernel: str  # of those it has; empty where there is one, or where it can't run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``select`` would do for some arguments: the first candidate with nothing against it runs."""
+
+    op: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> str | None:
+        return next((one.name for one in self.candidates if not one.against), None)
+
+
+class Answered(Exception):
+    """Ends a call that only asks, inside ``asking``."""
 
 
 def select(op: str, table: Sequence[Implementation], *arguments: Any) -> Callable[..., Any]:
     """The ``run`` of the first implementation without a reason against these arguments; RuntimeError with every reason."""
     forced = _forced.get()
+    if _asked:
+        _asked[-1].append(Choice(op, tuple(_candidate(one, forced, arguments) for one in table)))
+        raise Answered
     reasons: list[str] = []
     for implementation in table:
         if forced is not None and implementation.name != forced:
@@ -57,6 +87,29 @@ def _warn_once(op: str, reason: str) -> None:
     if (op, reason) not in _warned:
         _warned.add((op, reason))
         logger.warning("%s runs on the reference implementation, which is slow: %s", op, reason)
+
+
+def _candidate(implementation: Implementation, forced: str | None, arguments: Sequence[Any]) -> Candidate:
+    against = implementation.reasons_against(*arguments)
+    if forced not in (None, implementation.name):
+        against = [f"peftk.use({forced!r}) forces another", *against]
+    kernel = implementation.kernel(*arguments) if implementation.kernel and not against else ""
+    return Candidate(implementation.name, tuple(against), kernel)
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[Choice]]:
+    """Inside the ``with``, ops on meta tensors note in the list what ``select`` would choose for them, backward passes included,
+    and make their fake results."""
+    _asked.append([])
+    try:
+        yield _asked[-1]
+    finally:
+        _asked.pop()
+
+
+def is_asking() -> bool:
+    return bool(_asked)
 
 
 @contextlib.contextmanager
@@ -120,7 +173,8 @@ def reasons_against_cpu(*tensors: torch.Tensor | None) -> list[str]:
     """Why compiled CPU kernels can't take these tensors."""
     if native() is None:
         return [why_not_native()]
-    return [f"a tensor is on {t.device}" for t in tensors if t is not None and t.device.type != "cpu"][:1]
+    elsewhere = [device_type(t) for t in tensors if t is not None and device_type(t) != "cpu"]
+    return [f"a tensor is on {elsewhere[0]}"] if elsewhere else []
 
 
 def reasons_against_dtype(argument: str, dtype: torch.dtype) -> list[str]:

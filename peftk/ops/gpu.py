@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from peftk.native import native, why_not_native
-from peftk.ops.dispatch import Implementation
+from peftk.ops.dispatch import Implementation, device_type
 
 LEAST_CAPABILITY = (7, 5)  # Turing: the oldest GPU that the CUDA build and Triton serve
 LEAST_TRITON = (3, 4)  # 3.2 has no tl.gather, the compiler of 3.3.1 fails on it
@@ -69,7 +69,7 @@ class CudaDoor:
         if module is None:
             return why_not_native()
         if not hasattr(module, "cuda_devices"):
-            return "this build found no nvcc"
+            return "this build found no nvcc: install peftk again with nvcc on the PATH"
         if not module.cuda_devices():
             return module.cuda_status() or "no device"
         return ""
@@ -95,7 +95,7 @@ class TritonDoor:
     def why_not(self) -> str:
         """Why no Triton kernel can run in this process; empty where one can."""
         if not has_triton():
-            return "triton is not installed"
+            return "triton is not installed: pip install 'peftk[gpu]'"
         if not torch.cuda.is_available():
             return f"torch {torch.__version__} sees no GPU"
         version = importlib.import_module("triton").__version__
@@ -151,17 +151,21 @@ def reasons_against_device(*tensors: torch.Tensor | None) -> list[str]:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cuda":
-            return [f"a tensor is on {tensor.device}"]
-        if (capability := torch.cuda.get_device_capability(tensor.device)) < LEAST_CAPABILITY:
-            return [f"{tensor.device} has compute capability {capability[0]}.{capability[1]}, the kernels need 7.5"]
+        if device_type(tensor) != "cuda":
+            return [f"a tensor is on {device_type(tensor)}"]
+        device = None if tensor.is_meta else tensor.device  # None: the current one
+        if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+            return [f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 7.5"]
     return []
 
 
-def triton_implementation(op: str, reasons_against: Callable[..., list[str]], function: str = "run") -> Implementation:
-    """A function of peftk/ops/<op>/triton_kernel.py as an implementation; Triton is imported at the first run."""
+def triton_implementation(
+    op: str, reasons_against: Callable[..., list[str]], function: str = "run", kernel: str | None = None
+) -> Implementation:
+    """A function of peftk/ops/<op>/triton_kernel.py as an implementation; Triton is imported at the first run. ``kernel``: the
+    one there that tells which kernel takes the arguments."""
 
-    def run(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"peftk.ops.{op}.triton_kernel"), function)(*arguments)
+    def of_module(name: str) -> Callable[..., Any]:
+        return lambda *arguments: getattr(importlib.import_module(f"peftk.ops.{op}.triton_kernel"), name)(*arguments)
 
-    return Implementation("triton", run, reasons_against)
+    return Implementation("triton", of_module(function), reasons_against, kernel and of_module(kernel))

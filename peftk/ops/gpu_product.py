@@ -138,6 +138,14 @@ def kind_of(kernels: Kernels, model: GpuModel, dtype: torch.dtype, weights: Sequ
     return "tensor" if fits and all(weight.suits_tensor_cores for weight in weights) else "plain"
 
 
+def described(kernels: Kernels, product: str, rows: torch.Tensor, weight: Weight) -> str:
+    """Which kernel takes a product with rows (..., k) of x, or (..., n) of dy, in words; meta tensors will do."""
+    m, model = rows.numel() // max(rows.shape[-1], 1), kernels.model(rows.device)
+    row = regimes.choose(kernels.backend, model, product, kind_of(kernels, model, rows.dtype, [weight]), m)
+    size = f", {row.chunk_mb} MB a chunk" if row.regime == "chunks" else f", {row.tokens} rows of x a tile"
+    return f"{row.regime}{size} (regimes.csv, {row.kind} from m = {row.least_m} on {model.name}: {row.source})"
+
+
 def forward(kernels: Kernels, x: torch.Tensor, outputs: Sequence[Output]) -> None:
     """Every y for x (m, k)."""
     m, k = x.shape

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from peftk.ops import dispatch
 
 _LIBRARY = torch.library.Library("peftk", "FRAGMENT")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
@@ -21,9 +24,21 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], autog
         _LIBRARY.impl(name, run, key)
     _LIBRARY.impl(name, _without_autocast(name), "AutocastCPU")
     _LIBRARY.impl(name, _without_autocast(name), "AutocastCUDA")
-    torch.library.register_fake(f"peftk::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"peftk::{name}", _answering(run, fake), lib=_LIBRARY)
     if autograd is not None:
         _LIBRARY.impl(name, autograd, "Autograd")
+
+
+def _answering(run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel; inside ``dispatch.asking`` it has ``run`` choose first."""
+
+    def made(*arguments: Any) -> Any:
+        if dispatch.is_asking():
+            with contextlib.suppress(dispatch.Answered):
+                run(*arguments)
+        return fake(*arguments)
+
+    return made
 
 
 def _without_autocast(name: str) -> Callable[..., Any]:

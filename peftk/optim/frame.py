@@ -229,6 +229,8 @@ class Frame(torch.optim.Optimizer):
             raise ValueError(f"betas: expected {NUMBERS[self.FORMULA.betas]} numbers, got {group['betas']}")
         if not isinstance(group["maximize"], bool):
             raise TypeError(f"maximize: expected True or False, got {group['maximize']!r}")
+        if not isinstance(group["lr"], torch.Tensor | int | float) or isinstance(group["lr"], bool):
+            raise TypeError(f"lr: expected a number, got {group['lr']!r}")
         if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
             raise ValueError(f"lr: expected a number, got a tensor of shape {tuple(group['lr'].shape)}")
         self.FORMULA.coefficients(group, 1)

@@ -151,6 +151,9 @@ def _all_of(index: torch.Tensor | None) -> torch.Tensor | None:
     return torch.empty(index.shape, dtype=torch.int64, device="meta")
 
 
+GROUPED_SINCE = (2, 9)  # torch: before it, attention's backward pass on the meta device gives keys the queries' heads
+
+
 class FusedAttention(TorchFunctionMode):
     """Attention on the meta device as CPUs and GPUs run it: without its matrix of scores, which torch would write out there.
     Kept for the backward pass: the output, and a number for each head and query in fp32. ``dropout``: whether the device's
@@ -174,5 +177,10 @@ class FusedAttention(TorchFunctionMode):
                 )
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+        if k.shape[1] != q.shape[1] and torch.__version__ < GROUPED_SINCE:
+            raise NotImplementedError(
+                f"{k.shape[1]} key heads for {q.shape[1]} query heads: expected torch 2.9 or newer, which knows their gradients' "
+                f"shapes without memory, got {torch.__version__}"
+            )
         kernel = _aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peftk.atomic import write_file
 from peftk.planner.planning import ORDER, Plan
@@ -27,6 +28,7 @@ COLOURS = {
     "logits": "#dadaeb",
     "driver and libraries": "#969696",
     "process": "#969696",
+    "holes in the heap": "#bdbdbd",
 }
 DARK = {"#08519c", "#3182bd", "#54278f", "#d94701", "#a63603", "#31a354"}
 LABELLED = 0.035  # share of the tallest bar from which a part's own figure fits into it
@@ -40,9 +42,17 @@ def kinds_of(plans: Sequence[Plan]) -> list[str]:
 
 
 def draw(path: Path, bars: Sequence[tuple[str, Plan]], cards: Sequence[tuple[str, int]], title: str) -> None:
-    """Write a PNG: a bar a plan, in GB, a line a card; states that are paged out as an outline on top, and in no total.
-    ModuleNotFoundError without matplotlib."""
+    """Write ``figure_of`` as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure_of(bars, cards, title)).print_png(picture)
+    write_file(path, picture.getvalue())
+
+
+def figure_of(bars: Sequence[tuple[str, Plan]], cards: Sequence[tuple[str, int]], title: str) -> Any:
+    """matplotlib's figure: a bar a plan, in GB, a line a card; states that are paged out as an outline on top, and in no total.
+    ModuleNotFoundError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.4, 2.2 + 1.5 * len(bars)), 5.6), layout="constrained", dpi=130)
@@ -78,6 +88,4 @@ def draw(path: Path, bars: Sequence[tuple[str, Plan]], cards: Sequence[tuple[str
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
-    write_file(path, picture.getvalue())
+    return figure

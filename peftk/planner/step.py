@@ -64,17 +64,27 @@ def run(model: nn.Module, loss: Loss, step: Step) -> list[Moment]:
 
 def enter_model(ledger: Ledger, model: nn.Module, optimizer_bits: int) -> list[torch.Tensor]:
     """Parameters, constants, other buffers and the optimizer's moments, which are returned: they live while the list does."""
-    parameters = list(model.parameters())
-    has_base = any(not p.requires_grad for p in parameters)
-    quantised = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    ledger.own([module.weight for module in quantised], WEIGHTS4)
-    ledger.own([t for module in quantised for t in module.buffers(recurse=False)], CONSTANTS)
-    trained = [p for p in parameters if p.requires_grad]
-    ledger.own(trained, ADAPTERS if has_base else WEIGHTS)
-    ledger.own([p for p in (*parameters, *model.buffers()) if ledger.is_new(p)], WEIGHTS)
-    states = optimizer_states(trained, optimizer_bits)
+    for kind, tensors in kinds_of_tensors(model).items():
+        ledger.own((tensor for tensor in tensors if ledger.is_new(tensor)), kind)
+    states = optimizer_states([p for p in model.parameters() if p.requires_grad], optimizer_bits)
     ledger.own(states, OPTIMIZER)
     return states
+
+
+def kinds_of_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Parameters and buffers by kind, each once."""
+    parameters = list(model.parameters())
+    quantised = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    found = {
+        WEIGHTS4: [module.weight for module in quantised],
+        CONSTANTS: [t for module in quantised for t in module.constants()],
+        ADAPTERS: [p for p in parameters if p.requires_grad],
+    }
+    entered = {id(tensor) for tensors in found.values() for tensor in tensors}
+    found[WEIGHTS] = [tensor for tensor in (*parameters, *model.buffers()) if id(tensor) not in entered]
+    if all(p.requires_grad for p in parameters):  # no base: the whole model is trained
+        found[WEIGHTS] += found.pop(ADAPTERS)
+    return found
 
 
 def optimizer_states(trained: list[nn.Parameter], bits: int) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.goals import Goal, Outcome, ShareGoal, TimeGoal, Verdict, as_goals, named_peers
+from bench.goals import Goal, Outcome, PartGoal, PlanGoal, ShareGoal, TimeGoal, Verdict, as_goals, named_peers
 
 OUTCOME = Outcome("peftk", {"peftk": 0.01, "slow": 0.03, "slower": 0.04}, share=0.89)
 
@@ -46,3 +46,14 @@ def test_one_goal_or_several():
     goals = Goal("a", 1), Goal(("b", "c"), 1), TimeGoal(1)
     assert as_goals(goals[0]) == goals[:1] and as_goals(goals) == goals and as_goals(()) == ()
     assert list(named_peers(goals)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("held", "met"), [(250, True), (255, True), (256, False), (1000, False)])
+def test_a_part_for_each_process(held: int, met: bool):
+    verdict = PartGoal(4).judge(held, 1000)
+    assert verdict.met is met and str(verdict).startswith("1/4 of one process: ")
+
+
+def test_as_planned():
+    assert PlanGoal(1_500_000).judge(1_500_000).met and not PlanGoal(1_500_000).judge(1_500_001).met
+    assert str(PlanGoal(1_500_000)) == "1.500 MB, as planned"

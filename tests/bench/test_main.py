@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bench import __main__ as main
-from bench import isa
-from bench.__main__ import arguments, benches, module_of, ops
+from bench import catalogue, isa
+from bench.__main__ import arguments
+from bench.catalogue import benches, headlines, module_of, ops, tests_of
 from bench.goals import Goal, as_goals, named_peers
 from bench.measure import Candidate, Case, Work
 
@@ -42,12 +43,12 @@ def test_benches_mirror_the_ops(op: str):
 
 @pytest.mark.parametrize("name", [*benches(), "sweep"])
 def test_every_bench_names_tests_that_exist(name: str):
-    assert main.tests_of(name) and all((ROOT / test).exists() for test in main.tests_of(name))
+    assert tests_of(name) and all((ROOT / test).exists() for test in tests_of(name))
 
 
 def test_headlines_are_cases():
     for name in WITH_CASES:
-        begins = main.headlines()[name]
+        begins = headlines()[name]
         assert any(case.name.startswith(begins) for case in module_of(name).cases(128)), f"{name}: {begins!r}"
 
 
@@ -58,11 +59,14 @@ def test_red_tests_give_no_figures(monkeypatch: pytest.MonkeyPatch):
         asked.append(command[-1])
         return subprocess.CompletedProcess(command, returncode=int("lora" in command[-1]))
 
-    monkeypatch.setattr(main.subprocess, "run", pretend)
-    main.run_tests(["nf4_linear"])
-    with pytest.raises(SystemExit, match="test_nf4_lora_linear.py is not green: no figures for nf4_lora_linear, memory"):
-        main.run_tests(["nf4_linear", "nf4_lora_linear", "memory"])
-    assert asked == ["tests/ops/test_nf4_linear.py"] * 2 + ["tests/ops/test_nf4_lora_linear.py"]
+    monkeypatch.setattr(catalogue.subprocess, "run", pretend)
+    tests = catalogue.Tests()
+    tests.demand("nf4_linear")
+    for name in ("nf4_lora_linear", "memory"):
+        with pytest.raises(catalogue.RedTests, match=f"test_nf4_lora_linear.py is not green: no figures for {name}"):
+            tests.demand(name)
+    tests.demand("nf4_linear")
+    assert asked == ["tests/ops/test_nf4_linear.py", "tests/ops/test_nf4_lora_linear.py"]
 
 
 def test_weights_from_memory_differ():
@@ -117,13 +121,18 @@ def test_forced_goals_are_not_to_be_slower():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name: expected some of adamw_step, .* or all, got none"),
+        (["--recorded"], "--recorded: expected --compare COMMIT or --plot FOLDER beside it"),
+        (["nf4_linear", "--page", "x"], "--recorded, --page, --readme: expected no name"),
+        (["--readme", "--record"], "--recorded, --page, --readme: expected no name, --record"),
+        (["--compare", "HEAD", "--record"], "--compare: expected no --record"),
+        (["sweep", "--compare", "HEAD"], "--compare: expected no --record, --plot, --isa or sweep beside it"),
+        (["--compare", "HEAD", "--rounds", "0"], "expected positive numbers, got 2, 20 and 0"),
         (["nf4_linear", "gemm"], "or all, got gemm"),
-        (["nf4_linear", "--repeat", "0"], "expected positive numbers, got 2 and 0"),
+        (["nf4_linear", "--repeat", "0"], "expected positive numbers, got 2, 0 and 5"),
         (["nf4_linear", "--record", "--skip-tests"], "--record: expected tests and --size 4096"),
         (["nf4_linear", "--record", "--size", "64"], "--record: expected tests and --size 4096"),
-        (["nf4_linear", "--plot", "x"], "--plot, --from: expected sweep alone, got nf4_linear"),
-        (["sweep", "--from", "x"], "--from: expected --plot FOLDER beside it"),
+        (["nf4_linear", "--from", "x", "--plot", "x"], "--from: expected sweep alone, and --plot FOLDER"),
+        (["sweep", "--from", "x"], "--from: expected sweep alone, and --plot FOLDER"),
         (["nf4_linear", "--profile"], "--profile: expected smollm2 alone"),
         (["nf4_linear", "--isa", "sse"], "invalid choice: 'sse'"),
     ],
@@ -135,4 +144,18 @@ def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixt
 
 
 def test_all_means_all():
-    assert set(ops()) < set(arguments(["all"]).name) and arguments(["nf4_linear"] * 2).name == ["nf4_linear"]
+    assert arguments(["all"]).name == list(benches()) and arguments(["nf4_linear"] * 2).name == ["nf4_linear"]
+
+
+def test_without_a_name_every_op_and_the_end_to_end_job():
+    assert arguments([]).name == [*ops(), "smollm2"]
+
+
+def test_recorded_rows_are_only_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(main, "time", None)
+    monkeypatch.setattr(
+        "bench.pictures.draw", lambda rows, sweeps, folder: [f"{len(rows) > 100} {len(sweeps) > 0} {folder.name}"]
+    )
+    assert main.main(["--recorded", "--plot", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"drawn: True True {tmp_path.name}\n"

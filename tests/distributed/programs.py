@@ -76,7 +76,32 @@ def sharded(double_quant: bool = True) -> dict[str, Any]:
             own.zero_()
         torch._foreach_copy_(shards, copies)
     result["copied"] = all(map(torch.equal, originals, shards)) and same(before, stored(model))
-    return result | {"losses": mean(train(model, own_rows(), adamw(model)))}
+    return result | {"losses": mean(train(model, own_rows(), adamw(model))), "refused": refusals(model)}
+
+
+def refusals(model: nn.Module) -> dict[str, str]:
+    """What a split model says to what changes whole weights; nothing is changed."""
+    layer, dense = model.blocks[0].up.base_layer, peftk.nn.DenseLinear.from_linear(model.head)
+    w = torch.zeros(layer.out_features, layer.in_features)
+    plain = decoder().blocks[0].up.base_layer.state_dict()
+    asked = {
+        "merge": lambda: peftk.merge(model),
+        "attach": lambda: peftk.attach(model, peftk.LoraConfig(target_modules="all-linear"), "other"),
+        "quantize_model": lambda: peftk.quantize_model(model, (), progress=False),
+        "from_linear": lambda: NF4Linear.from_linear(model.head),
+        "set_dense_weight": lambda: layer.set_dense_weight(w),
+        "restore_weight": lambda: layer.restore_weight(layer.weight_snapshot()),
+        "dense": lambda: dense.set_dense_weight(torch.zeros(dense.weight.shape)),
+        "whole file": lambda: layer.load_state_dict(plain),
+    }
+    before, said = own_bytes(model), {}
+    for name, ask in asked.items():
+        try:
+            ask()
+        except (ValueError, RuntimeError) as error:
+            said[name] = str(error)
+    assert own_bytes(model) == before
+    return said
 
 
 def mixed_precision() -> dict[str, Any]:
@@ -185,6 +210,14 @@ def loaded(folder: str, kind: str = "AdamW") -> list[float]:
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return mean(train(model, own_rows(), optimizer, 2))
+
+
+def counted(size: int, cases: list[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """By (engine, whether activations are checkpointed): what this process holds and what its collectives are about, as the bench
+    counts it."""
+    from bench import distributed_step as bench
+
+    return [bench.train("peftk", engine, bench.config_of(size), checkpointing=again) for engine, again in cases]
 
 
 def _resumable(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:

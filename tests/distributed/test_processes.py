@@ -3,6 +3,8 @@ that a process should hold."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,6 +64,24 @@ def test_sharded_memory_falls_with_the_processes(four):
     for result in four["sharded"]:
         assert result["own"]["buffers"] == 6 * 4 * 2
         assert result["own"]["parameters"] == (sum(result["whole"].values()) - 6 * 4 * 2) / 4
+
+
+def test_what_needs_whole_weights_says_what_to_do(four):
+    before, split = "change weights before they are split", "expected whole parameters, got {}, split among 4 processes"
+    expected = {
+        "merge": f"model: {split}; save the adapter .* and merge there",
+        "attach": f"model: {split}; attach before it is split",
+        "quantize_model": f"model: {split}; quantise before it is split",
+        "from_linear": f"linear: {split}; {before}",
+        "set_dense_weight": f"layer: {split}; {before}",
+        "restore_weight": f"layer: {split}; {before}",
+        "dense": "layer: expected a whole weight, got one that is split among processes; change weights before that",
+        "whole file": f"layer: {split}; load whole weights before it is split, or what .* saved of split ones",
+    }
+    for result in four["sharded"]:
+        assert result["refused"].keys() == expected.keys()
+        for name, message in expected.items():
+            assert re.search(message.format(r"\S*weight"), result["refused"][name]), result["refused"][name]
 
 
 def test_mixed_precision_leaves_stored_bytes_alone(two):
@@ -161,6 +181,22 @@ def test_tensor_parallel_adalora():
     for result in run(2, ("tensor_parallel", {"config": "adalora", "block_size": 32}))["tensor_parallel"]:
         assert_close(result["losses"], expected)
         assert result["history"] == schedule.history
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_and_four_processes_are_one(ranks: int):
+    """Every engine but tensor parallelism, in the number of processes that the tests above leave out as well."""
+    results = run(ranks, "replicated", "sharded", "mixed_precision", "offloaded", "allocated")
+    for rank in range(ranks):
+        assert_close(results["replicated"][rank], alone())
+        assert_close(results["offloaded"][rank], alone())
+        sharded = results["sharded"][rank]
+        assert sharded["gathered"] and sharded["copied"]
+        assert_close(sharded["losses"], alone())
+        assert sharded["own"]["parameters"] == (sum(sharded["whole"].values()) - sharded["own"]["buffers"]) / ranks
+        assert results["mixed_precision"][rank]["bytes"] and results["mixed_precision"][rank]["stored"]
+    assert_allocated(results["allocated"], alone(adalora(), steps=4), history_alone())
 
 
 @pytest.mark.full

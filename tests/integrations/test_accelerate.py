@@ -55,6 +55,29 @@ def test_state_resumes_exactly(tmp_path: Path, only_adapters: bool):
         assert set(held) == {n for n, p in run[1].named_parameters() if p.requires_grad} | {"peftk_adapters_only"}
 
 
+def test_adalora_goes_on_behind_the_last_pruning(tmp_path: Path):
+    """The pruned triplets are gone from the state that is loaded; ranks and history come with it."""
+
+    def started():
+        accelerator = accelerate.Accelerator(cpu=True)
+        save_adapters_only(accelerator)
+        torch.manual_seed(2)
+        config = peftk.AdaLoraConfig(init_r=4, target_r=2, total_step=4, tfinal=2, target_modules=["q", "v"])
+        model = peftk.attach(net("nf4"), config)
+        optimizer = torch.optim.AdamW(peftk.trainable_parameters(model), lr=1e-2, fused=True)
+        run = accelerator, *accelerator.prepare(model, optimizer)
+        return run, peftk.adalora_schedule(*run[1:])
+
+    run, schedule = started()
+    steps(*run, 3)
+    run[0].save_state(str(tmp_path))
+    expected = steps(*run, 3)
+    again, other = started()
+    again[0].load_state(str(tmp_path))
+    assert steps(*again, 3) == expected and other.history == schedule.history and other.step == 6
+    assert sum(len(p) for name, p in again[1].named_parameters() if "lora_E" in name) == 8
+
+
 def test_two_models(tmp_path: Path):
     """The second has a folder of its own; one without adapters is saved as accelerate does."""
     accelerator, *_ = run = prepared()

@@ -71,7 +71,7 @@ def test_a_peftk_that_cannot_be_imported(installed: Path, tmp_path: Path):
 def test_an_exception_stays_inside(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     import peftk.integrations.bitsandbytes as backend
 
-    def fail():
+    def fail(cuda: bool):
         raise KeyError("anything")
 
     monkeypatch.setattr(backend, "enable", fail)

@@ -302,12 +302,12 @@ def test_distributed_checkpoint(tmp_path):
     first, second = model(), model()
     optimizer, other = AdamW8bit(first.parameters(), lr=1e-2), AdamW8bit(second.parameters(), lr=1e-2)
     train(optimizer, 0, 3)
-    checkpoint.save({"optimizer": get_optimizer_state_dict(first, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save({"optimizer": get_optimizer_state_dict(first, optimizer)}, checkpoint_id=tmp_path)
     with torch.no_grad():
         for p, q in zip(second.parameters(), first.parameters(), strict=True):
             p.copy_(q)
     loaded = {"optimizer": get_optimizer_state_dict(second, other)}
-    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load(loaded, checkpoint_id=tmp_path)
     set_optimizer_state_dict(second, other, loaded["optimizer"])
     for one in (optimizer, other):
         train(one, 3, 5)

@@ -9,7 +9,8 @@ from torch import nn
 
 from peftk.cli.loss import LanguageModelLoss
 from peftk.native import native
-from peftk.planner import Step, step
+from peftk.planner import Step, plan, step
+from peftk.planner import ledger as books
 from peftk.planner.ledger import INSIDE, Ledger
 
 transformers = pytest.importorskip("transformers")
@@ -86,3 +87,9 @@ def test_values_are_those_of_a_batch_without_padding():
 def test_a_model_with_memory_is_refused():
     with pytest.raises(ValueError, match="model: expected one on the meta device, got parameters with memory"):
         step.run(nn.Linear(2, 2), LanguageModelLoss, Step())
+
+
+def test_grouped_queries_on_an_older_torch(blueprint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(books, "GROUPED_SINCE", (99,))
+    with pytest.raises(NotImplementedError, match=r"2 key heads for 4 query heads: expected torch 2.9 or newer"):
+        plan(blueprint(num_key_value_heads=2), LanguageModelLoss, Step(batch=1, length=8))

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 
 def test_every_kind_has_a_colour_of_its_own():
-    assert {*KINDS, *ORDER, "driver and libraries", "process"} == set(COLOURS)
+    assert {*KINDS, *ORDER, "driver and libraries", "process", "holes in the heap"} == set(COLOURS)
 
 
 def test_the_order_is_one_for_all():

@@ -81,20 +81,48 @@ def test_several_gpus(blueprint):
     ddp = plan(made, LanguageModelLoss, step, Machine(gpus=4)).parts
     assert ddp == one | ({BUCKETS: one[GRADIENTS]} if GRADIENTS in one else {})
     fsdp = plan(made, LanguageModelLoss, step, Machine(gpus=4, sharding="fsdp")).parts
-    units = units_of(made.build())
-    assert fsdp[WEIGHTS] == -(-one[WEIGHTS] // 4) and fsdp[OPTIMIZER] == -(-one[OPTIMIZER] // 4)
+    units, model = units_of(made.build()), made.build()
+    assert fsdp[ADAPTERS] == one[ADAPTERS] // 4 and fsdp[OPTIMIZER] == one[OPTIMIZER] // 4
+    assert fsdp[WEIGHTS] == (one[WEIGHTS] - (whole := sum(b.nbytes for b in model.buffers()))) // 4 + whole
     assert fsdp[GATHERED] == units.root + 2 * units.layer
-    model = made.build()
     assert units.root + 4 * units.layer == sum(p.nbytes for p in model.parameters())
-    four_bits = plan(blueprint(), LanguageModelLoss, step, Machine(gpus=4, sharding="fsdp")).parts
-    assert four_bits[CONSTANTS] == plan(blueprint(), LanguageModelLoss, step).parts[CONSTANTS]
+
+
+def test_fully_sharded_constants(blueprint):
+    """Parameters, as fully_shard needs them: whole on every GPU are the constants' own, a scale a 256 and an offset a layer."""
+    one, fsdp = (
+        plan(blueprint(), LanguageModelLoss, SHORT, machine).parts for machine in (Machine(), Machine(gpus=4, sharding="fsdp"))
+    )
+    layers = [m for m in blueprint().build().modules() if isinstance(m, peftk.nn.NF4Linear)]
+    own = sum(layer.absmax_scale.nbytes + layer.absmax_offset.nbytes for layer in layers)
+    assert fsdp[CONSTANTS] == (one[CONSTANTS] - own) // 4 + own
+    assert fsdp[WEIGHTS4] == one[WEIGHTS4] // 4
+
+
+def test_a_rank_of_4_rows_for_8_processes(blueprint):
+    """A of 4 rows lies in 4 of 8 processes, the first among them; whoever has no row still sends and gets one."""
+    made = blueprint(layers=2)
+    model = made.build()
+    fsdp = plan(made, LanguageModelLoss, SHORT, Machine(gpus=8, sharding="fsdp"))
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert fsdp.parts[ADAPTERS] == sum(p.nbytes // min(8, len(p)) for p in factors)
+    assert fsdp.collectives["reduce-scatter"] == sum(4 * p.numel() * max(1, 8 // len(p)) for p in factors)
+
+
+def test_tensor_parallelism_is_a_narrower_model(blueprint):
+    made = blueprint(layers=6, num_key_value_heads=4, intermediate_size=256)
+    one = plan(made, LanguageModelLoss, SHORT).parts
+    two = plan(made, LanguageModelLoss, SHORT, Machine(gpus=2, sharding="tp")).parts
+    assert two[WEIGHTS4] == one[WEIGHTS4] // 2 and two[WEIGHTS] == one[WEIGHTS]
+    assert one[CONSTANTS] / 2 < two[CONSTANTS] < one[CONSTANTS] * 2  # of some layers in fp32
+    assert one[ADAPTERS] / 2 < two[ADAPTERS] < one[ADAPTERS]
 
 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
         ({"gpus": 0}, "gpus: expected 1 or more, got 0"),
-        ({"sharding": "zero"}, "sharding: expected one of ddp, fsdp, got 'zero'"),
+        ({"sharding": "zero"}, "sharding: expected one of ddp, fsdp, tp, got 'zero'"),
         ({"budget": 5}, "budget: expected only with paged states, got 5"),
     ],
 )

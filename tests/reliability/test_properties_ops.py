@@ -94,7 +94,9 @@ def test_codes_of_4_bits(n, k, block_size, dtype, kind, quant_type, threads, see
     blocks = w.float().view(-1).split(block_size)
     assert absmax.tolist() == [block.abs().max().item() for block in blocks]
     w4 = quantize_nf4(w, block_size, False, quant_type=quant_type)
-    back = assert_same_everywhere(lambda: nf4_dequantize(w4, torch.float32), threads)
+    back = assert_same_everywhere(
+        lambda: nf4_dequantize(*w4.tensors(), w4.shape, w4.block_size, w4.quant_type, torch.float32), threads
+    )
     for block, decoded in zip(blocks, back.view(-1).split(block_size), strict=True):
         assert ((block - decoded).abs() <= 0.3 * block.abs().max() + 1e-44).all()
     # scaling by a power of two scales the constants alone
@@ -111,9 +113,7 @@ def test_a_weight_and_its_state_dict(n, k, block_size, dtype, kind, quant_type, 
     for double_quant in (False, True) if kind != "large" else (False,):
         w4 = quantize_nf4(w, block_size, double_quant, quant_type=quant_type)
         parts = assert_same_everywhere(
-            lambda d=double_quant: [
-                t for t in quantize_nf4(w, block_size, d, quant_type=quant_type).tensors() if t is not None
-            ],
+            lambda d=double_quant: [t for t in quantize_nf4(w, block_size, d, quant_type=quant_type).tensors() if t is not None],
             threads,
         )
         assert bits(parts) == bits([t for t in w4.tensors() if t is not None])

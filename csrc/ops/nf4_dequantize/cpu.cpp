@@ -39,7 +39,8 @@ void decode_few(const Source& source, std::int64_t first, std::int64_t count, fl
 // Whole groups of kWideCodes elements to bf16; returns how many elements. The machine's own conversion flushes denormals, so
 // blocks with a tiny scale, and NaN and Inf, are left to the general loop.
 template <bool kStream, class T>
-std::int64_t decode_wide_groups(const Source& source, const std::uint8_t* packed, std::int64_t count, float scale, T* out) {
+std::int64_t decode_wide_groups([[maybe_unused]] const Source& source, [[maybe_unused]] const std::uint8_t* packed,
+                                [[maybe_unused]] std::int64_t count, [[maybe_unused]] float scale, [[maybe_unused]] T* out) {
   std::int64_t i = 0;
 #ifdef PEFTK_HAS_WIDE_CODES
   if constexpr (std::is_same_v<T, Bf16>) {

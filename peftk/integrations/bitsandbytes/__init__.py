@@ -8,9 +8,11 @@ CPU, for NF4 and FP4, nested or not, of any shape, block size and ``quant_storag
 - ``matmul_4bit`` (products.py), since the backward pass of Linear4bit is no op;
 - ``_convert_weight_packed_for_cpu``, which rewrote a weight and its constants at the first forward pass in eval mode.
 
-Parameters are read where they lie (weights.py). Everything on another device goes where it went before. NaN or Inf in a weight
-make their block's absmax NaN or Inf, and with nested statistics all of the weight, as in bitsandbytes; a block of zeros stays
-zeros.
+On a GPU ``enable(cuda=True)``, or PEFTK_BITSANDBYTES=cuda, takes over quantize_4bit and dequantize_4bit (on_cuda.py).
+
+Parameters are read where they lie (weights.py). Everything else on another device goes where it went before. NaN or Inf in a
+weight make their block's absmax NaN or Inf, and with nested statistics all of the weight, as in bitsandbytes; a block of zeros
+stays zeros.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ PACKAGE = "bitsandbytes"
 FIRST, BEFORE = (0, 46), (0, 51)  # the versions that were tried
 
 
-def enable() -> None:
-    """Take over. RuntimeError says why not: another version, or no compiled kernels. Done twice is done once."""
+def enable(cuda: bool = False) -> None:
+    """Take over. RuntimeError says why not: another version, or no compiled kernels. Done twice is done once. ``cuda``: GPU
+    kernels too; where they can't run, bitsandbytes' stay, and ``peftk.info().left`` says why."""
     import bitsandbytes
 
     if held(PACKAGE) is not None:
@@ -39,7 +42,7 @@ def enable() -> None:
         raise RuntimeError(reason)
     replacements = Replacements(PACKAGE)
     try:
-        _replace(replacements, bitsandbytes)
+        _replace(replacements, bitsandbytes, cuda)
     except BaseException:
         replacements.put_back()
         raise
@@ -75,8 +78,8 @@ def reason_against(version: str) -> str:
     return ""
 
 
-def _replace(replacements: Replacements, bitsandbytes: ModuleType) -> None:
-    from peftk.integrations.bitsandbytes import kernels, optimizers, products, weights
+def _replace(replacements: Replacements, bitsandbytes: ModuleType, cuda: bool) -> None:
+    from peftk.integrations.bitsandbytes import kernels, on_cuda, optimizers, products, weights
 
     for op, run in {**kernels.KERNELS, **optimizers.kernels(bitsandbytes)}.items():
         if kernels.is_defined(op):
@@ -86,3 +89,5 @@ def _replace(replacements: Replacements, bitsandbytes: ModuleType) -> None:
     for owner in (bitsandbytes.functional, bitsandbytes.nn.modules):
         if hasattr(owner, "_convert_weight_packed_for_cpu"):
             replacements.attribute(owner, "_convert_weight_packed_for_cpu", weights.left_as_it_is)
+    if cuda:
+        on_cuda.replace(replacements)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,16 @@ class Fused:
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., k) -> (..., n) in x.dtype."""
-        name = None if args or kwargs else self._lone_adapter()
-        y = None if name is None else self._fused(x, name)
+        y = None
+        if kwargs.get("adapter_names") is not None and len(kwargs) == 1 and not args:
+            y = self._mixed(x, kwargs["adapter_names"])
+        elif not args and not kwargs and (name := self._lone_adapter()) is not None:
+            y = self._fused(x, name)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+    def _mixed(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        """The layer's output with an adapter for each row; None where HF peft's own code is needed."""
+        return None
 
     def _lone_adapter(self) -> str | None:
         """The one adapter that runs beside the base layer; None where none does, or several do."""
@@ -44,6 +52,11 @@ class Fused:
         raise NotImplementedError
 
     def _run(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float) -> torch.Tensor | None:
+        raise NotImplementedError
+
+    def _run_rows(
+        self, x: torch.Tensor, A: Sequence[torch.Tensor], B: Sequence[torch.Tensor], scale: Sequence[float], index: Sequence[int]
+    ) -> torch.Tensor | None:
         raise NotImplementedError
 
     def _dropout(self, name: str) -> float | None:
@@ -68,6 +81,18 @@ class FusedLora(Fused):
 
     def _needs_variant(self, name: str) -> bool:
         return name in self.lora_variant
+
+    def _mixed(self, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        self._check_forward_args(x, adapter_names=names)
+        used = [name for name in dict.fromkeys(names) if name in self.lora_A]
+        if self._disable_adapters or not self.cast_input_dtype_enabled or not self._base_runs():
+            return None
+        parts = [None if name in self.lora_variant else self._parts(name) for name in used]
+        if not used or any(one is None or one[-1] for one in parts):
+            return None
+        numbers = {name: number for number, name in enumerate(used)}
+        A, B, scale, _ = zip(*parts, strict=True)
+        return self._run_rows(x, A, B, scale, [numbers.get(name, -1) for name in names])
 
 
 class FusedAdaLora(Fused):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,11 @@ class OnNF4:
 
     def _run(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
         return self.base_layer.forward_low_rank(x, A, B, scale, dropout=dropout)
+
+    def _run_rows(
+        self, x: torch.Tensor, A: Sequence[torch.Tensor], B: Sequence[torch.Tensor], scale: Sequence[float], index: Sequence[int]
+    ) -> torch.Tensor:
+        return self.base_layer.forward_low_rank_rows(x, A, B, scale, index)
 
 
 class AdaLoraOnNF4(OnNF4):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import WEIGHTS_NAME
 
-from peftk.integrations.adapter_state import check_loaded, write_adapters
+from peftk.integrations.adapter_state import check_loaded, fit_to_loaded, write_adapters
 from peftk.methods.attach import find_attached
 
 
@@ -25,6 +25,7 @@ def save_adapters_only(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, AdaptersOnly):
         model.__class__ = _subclass(type(model))
+        model.register_load_state_dict_pre_hook(fit_to_loaded)
         model.register_load_state_dict_post_hook(check_loaded)
     return model
 

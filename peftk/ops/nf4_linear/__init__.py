@@ -24,12 +24,12 @@ from peftk.ops.nf4_dequantize import check_constants
 from peftk.ops.nf4_linear import autograd, cpu, cuda, on_gpu, reference
 
 
-def _triton(function: str, reasons: Callable[..., list[str]]) -> dispatch.Implementation:
-    return gpu.triton_implementation("nf4_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function)
+def _triton(function: str, reasons: Callable[..., list[str]], kernel: str | None = None) -> dispatch.Implementation:
+    return gpu.triton_implementation("nf4_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function, kernel)
 
 
-TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against), reference.FORWARD)
-TABLE_DX = (cpu.DX, cuda.DX, _triton("run_dx", on_gpu.reasons_against), reference.DX)
+TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against, "kernel"), reference.FORWARD)
+TABLE_DX = (cpu.DX, cuda.DX, _triton("run_dx", on_gpu.reasons_against, "kernel_dx"), reference.DX)
 TABLE_MANY = (cpu.MANY, cuda.MANY, _triton("run_many", on_gpu.reasons_against_many), reference.MANY)
 TABLE_MANY_DX = (cpu.MANY_DX, cuda.MANY_DX, _triton("run_many_dx", on_gpu.reasons_against_many), reference.MANY_DX)
 

@@ -27,6 +27,22 @@ def reasons_against_many(x, packed, absmax, absmax_scale, absmax_offset, size, b
 def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None, kernel: str = "nf4_linear") -> torch.Tensor | None:
     """``run`` for a call that ``dispatch.is_straight``, where there is nothing to complain of or to convert; else None.
     ``kernel``: of those that share nf4_linear's arguments."""
+    number = straight_code(x, w4, bias)
+    if number is None:
+        return None
+    n, k = w4.shape
+    rows = as_rows(x)
+    y = x.new_empty((*x.shape[:-1], n))
+    getattr(native(), kernel)(
+        w4.packed.data_ptr(), w4.absmax.data_ptr(), address(w4.absmax_scale), address(w4.absmax_offset), n, k, w4.block_size,
+        number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype], address(bias), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def straight_code(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None) -> int | None:
+    """The number of w4's code where a product of these may go straight to its kernel, else None."""
     if not dispatch.is_straight(x):
         return None
     if bias is not None and (type(bias) not in PLAIN or (bias.requires_grad and torch.is_grad_enabled())):
@@ -36,21 +52,14 @@ def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None, kern
         number = w4.__dict__["_straight_code"] = _straight_code(w4)
     if number < 0 or x.dim() == 0:
         return None
-    (n, k), packed, absmax = w4.shape, w4.packed, w4.absmax
-    if x.shape[-1] != k or packed.numel() != (n * k + 1) // 2 or absmax.numel() != -(-n * k // w4.block_size):
+    n, k = w4.shape
+    if x.shape[-1] != k or w4.packed.numel() != (n * k + 1) // 2 or w4.absmax.numel() != -(-n * k // w4.block_size):
         return None
-    dtype = NATIVE_DTYPE.get(x.dtype)
-    if dtype is None or not (
+    if x.dtype not in NATIVE_DTYPE or not (
         bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == (n,) and bias.is_contiguous())
     ):
         return None
-    rows = as_rows(x)
-    y = x.new_empty((*x.shape[:-1], n))
-    getattr(native(), kernel)(
-        packed.data_ptr(), absmax.data_ptr(), address(w4.absmax_scale), address(w4.absmax_offset), n, k, w4.block_size, number,
-        rows.data_ptr(), rows.stride(0), rows.shape[0], dtype, address(bias), y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    return number
 
 
 FEW_ROWS = 48  # as kStripsUpTo in csrc/cpu/strips_bf16.h: no panels, so weights share nothing of x worth a dispatcher's 50 us

@@ -65,12 +65,15 @@ def dropout_arguments(p: float, seed: int) -> tuple[int, float, int]:
     return int(p * 2**32), 1 / (1 - p), seed
 
 
-def _implementation(run: Callable[..., Any], reasons: Callable[..., list[str]]) -> Implementation:
-    return Implementation("cuda", partial(run, KERNELS), lambda *arguments: reasons(gpu.cuda(), *arguments))
+def _implementation(
+    run: Callable[..., Any], reasons: Callable[..., list[str]], kernel: Callable[..., str] | None = None
+) -> Implementation:
+    described = kernel and partial(kernel, KERNELS)
+    return Implementation("cuda", partial(run, KERNELS), lambda *arguments: reasons(gpu.cuda(), *arguments), described)
 
 
 KERNELS = Kernels()
-FORWARD = _implementation(on_gpu.run, on_gpu.reasons_against)
-DX = _implementation(on_gpu.run_dx, on_gpu.reasons_against)
+FORWARD = _implementation(on_gpu.run, on_gpu.reasons_against, on_gpu.kernel)
+DX = _implementation(on_gpu.run_dx, on_gpu.reasons_against, on_gpu.kernel_dx)
 MANY = _implementation(on_gpu.run_many, on_gpu.reasons_against_many)
 MANY_DX = _implementation(on_gpu.run_many_dx, on_gpu.reasons_against_many)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peftk.ops import dispatch, gpu_product
-from peftk.ops.gpu_product import Gradient, Kernels, Output, as_rows, weights_of
+from peftk.ops.gpu_product import Gradient, Kernels, Output, Weight, as_rows, weights_of
 
 
 def run_many(
@@ -40,6 +40,18 @@ def run_many_dx(kernels: Kernels, dy, packed, absmax, absmax_scale, absmax_offse
 def run_dx(kernels: Kernels, dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant_type) -> torch.Tensor:
     constants = ([packed], [absmax], [absmax_scale], [absmax_offset])
     return run_many_dx(kernels, [dy], *constants, k, [block_size], [quant_type])
+
+
+def kernel(kernels: Kernels, x, packed, absmax, absmax_scale, absmax_offset, n, block_size, quant_type, bias=None) -> str:
+    """Which kernel takes the arguments of ``run``."""
+    weight = Weight(packed, absmax, absmax_scale, absmax_offset, n, x.shape[-1], block_size, quant_type)
+    return gpu_product.described(kernels, "forward", x, weight)
+
+
+def kernel_dx(kernels: Kernels, dy, packed, absmax, absmax_scale, absmax_offset, k, block_size, quant_type) -> str:
+    """Which takes those of ``run_dx``."""
+    weight = Weight(packed, absmax, absmax_scale, absmax_offset, dy.shape[-1], k, block_size, quant_type)
+    return gpu_product.described(kernels, "backward", dy, weight)
 
 
 def reasons_against(

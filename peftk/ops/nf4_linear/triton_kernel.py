@@ -173,3 +173,4 @@ def grouped(things: Iterable[One], key: Callable[[One], Hashable]) -> Iterator[l
 KERNELS = Kernels()
 run, run_dx = partial(on_gpu.run, KERNELS), partial(on_gpu.run_dx, KERNELS)
 run_many, run_many_dx = partial(on_gpu.run_many, KERNELS), partial(on_gpu.run_many_dx, KERNELS)
+kernel, kernel_dx = partial(on_gpu.kernel, KERNELS), partial(on_gpu.kernel_dx, KERNELS)

@@ -21,12 +21,17 @@ from peftk.ops.nf4_lora_linear import autograd, cpu, cuda, on_gpu, reference
 from peftk.ops.philox_dropout import draw_seed
 
 
-def _triton(function: str, reasons: Callable[..., list[str]]) -> dispatch.Implementation:
-    return gpu.triton_implementation("nf4_lora_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function)
+def _triton(function: str, reasons: Callable[..., list[str]], kernel: str | None = None) -> dispatch.Implementation:
+    return gpu.triton_implementation("nf4_lora_linear", lambda *arguments: reasons(gpu.triton(), *arguments), function, kernel)
 
 
-TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against), reference.FORWARD)
-TABLE_BACKWARD = (cpu.BACKWARD, cuda.BACKWARD, _triton("run_backward", on_gpu.reasons_against_backward), reference.BACKWARD)
+TABLE = (cpu.FORWARD, cuda.FORWARD, _triton("run", on_gpu.reasons_against, "kernel"), reference.FORWARD)
+TABLE_BACKWARD = (
+    cpu.BACKWARD,
+    cuda.BACKWARD,
+    _triton("run_backward", on_gpu.reasons_against_backward, "kernel_backward"),
+    reference.BACKWARD,
+)
 TABLE_MANY = (cpu.MANY, cuda.MANY, _triton("run_many", on_gpu.reasons_against_many), reference.MANY)
 TABLE_MANY_BACKWARD = (
     cpu.MANY_BACKWARD,
@@ -69,6 +74,9 @@ def nf4_lora_linear(x, w4, A, B, scale, bias=None, z=None, dropout=0.0, seed=Non
     list of the same outputs, bit for bit. x is packed once, and dx is one product whose sums run over all of them."""
     if isinstance(w4, (list, tuple)):
         return _many(x, w4, A, B, scale, bias, z, dropout, seed)
+    if z is None and not dropout and not torch.compiler.is_compiling() and type(w4) is NF4Weight:
+        if (y := cpu.run_straight(x, w4, A, B, scale, bias)) is not None:
+            return y
     x, bias = check_linear(x, w4, bias)
     z = z if z is None else autocast_input(z)
     check_low_rank(x, w4.shape, A, B, z, dropout)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
+from peftk.format.nf4 import NF4Weight
 from peftk.native import NATIVE_DTYPE, address, native
 from peftk.ops.dispatch import Implementation, reasons_against_cpu, reasons_against_dtype
-from peftk.ops.nf4_linear.cpu import as_rows, contiguous, weight_arguments
+from peftk.ops.nf4_linear.cpu import PLAIN, as_rows, contiguous, straight_code, weight_arguments
 
 
 def reasons_against(x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, *_) -> list[str]:
@@ -25,6 +26,36 @@ def reasons_against_many_backward(dy, x, z, s, packed, absmax, absmax_scale, abs
     return reasons_against_cpu(*dy, x, z, *s, *packed, *absmax, *A, *B) + reasons_against_many_dtypes(x, A, B)
 
 
+def run_straight(
+    x: torch.Tensor, w4: NF4Weight, A: torch.Tensor, B: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``run`` past torch's dispatcher, for a call where there is nothing to complain of or to convert; else None."""
+    number = straight_code(x, w4, bias)
+    if number is None or not is_straight_factors(A, B, w4.shape):
+        return None
+    (n, k), rows, r = w4.shape, as_rows(x), A.shape[0]
+    y, s = x.new_empty((*x.shape[:-1], n)), x.new_empty((rows.shape[0], r))
+    weight = (
+        w4.packed.data_ptr(), w4.absmax.data_ptr(), address(w4.absmax_scale), address(w4.absmax_offset), n, w4.block_size, number,
+    )  # fmt: skip
+    branch = (*branch_arguments(A, B), scale, *NO_DROPOUT)
+    native().nf4_lora_linear(
+        [(weight, branch, address(bias), y.data_ptr(), s.data_ptr())], k, rows.data_ptr(), rows.stride(0), rows.shape[0],
+        NATIVE_DTYPE[x.dtype], 0, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def is_straight_factors(A: torch.Tensor, B: torch.Tensor, shape: tuple[int, int]) -> bool:
+    """Whether A and B fit a weight of this shape and may go to a kernel as they lie, with no gradient wanted."""
+    grad = torch.is_grad_enabled()
+    for factor in (A, B):
+        if type(factor) not in PLAIN or (grad and factor.requires_grad) or not factor.is_cpu or factor.dtype not in NATIVE_DTYPE:
+            return False
+    n, k = shape
+    return A.dim() == 2 and A.shape[1] == k and B.shape == (n, A.shape[0]) and A.is_contiguous() and B.is_contiguous()
+
+
 def reasons_against_dtypes(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> list[str]:
     return [reason for name, t in (("x", x), ("A", A), ("B", B)) for reason in reasons_against_dtype(name, t.dtype)]
 
@@ -39,6 +70,9 @@ def branch_arguments(A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int, i
 
 def dropout_arguments(p: float, seed: int) -> tuple[int, float, int]:
     return int(p * 2**32), 1 / (1 - p), seed
+
+
+NO_DROPOUT = dropout_arguments(0.0, 0)
 
 
 def low_rank_arguments(A, B, scale, dropout, seed) -> Iterator[tuple[int | float, ...]]:

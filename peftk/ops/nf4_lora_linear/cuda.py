@@ -63,12 +63,15 @@ def _call(function: str, products: Sequence[Any], wired: list[tuple], split: int
     gpu.cuda().call(function, wired, wide.shape[0], NATIVE_DTYPE[wide.dtype], split, sums)
 
 
-def _implementation(run: Callable[..., Any], reasons: Callable[..., list[str]]) -> Implementation:
-    return Implementation("cuda", partial(run, KERNELS, THIN), lambda *arguments: reasons(gpu.cuda(), *arguments))
+def _implementation(
+    run: Callable[..., Any], reasons: Callable[..., list[str]], kernel: Callable[..., str] | None = None
+) -> Implementation:
+    described = kernel and partial(kernel, KERNELS)
+    return Implementation("cuda", partial(run, KERNELS, THIN), lambda *arguments: reasons(gpu.cuda(), *arguments), described)
 
 
 THIN = Thin()
-FORWARD = _implementation(on_gpu.run, on_gpu.reasons_against)
-BACKWARD = _implementation(on_gpu.run_backward, on_gpu.reasons_against_backward)
+FORWARD = _implementation(on_gpu.run, on_gpu.reasons_against, on_gpu.kernel)
+BACKWARD = _implementation(on_gpu.run_backward, on_gpu.reasons_against_backward, on_gpu.kernel_backward)
 MANY = _implementation(on_gpu.run_many, on_gpu.reasons_against_many)
 MANY_BACKWARD = _implementation(on_gpu.run_many_backward, on_gpu.reasons_against_many_backward)

@@ -9,6 +9,7 @@ import torch
 
 from peftk.ops import dispatch, gpu_product
 from peftk.ops.gpu_product import Gradient, Kernels, Outer, Output, Shrink, as_rows, weights_of
+from peftk.ops.nf4_linear import on_gpu as nf4_on_gpu
 from peftk.ops.nf4_linear.on_gpu import reasons_against_count
 
 
@@ -90,6 +91,20 @@ def run_backward(
     weight, facts = ([packed], [absmax], [absmax_scale], [absmax_offset], [A], [B]), ([scale], [block_size], [quant_type])
     dx, dz, dA, dB = run_many_backward(kernels, thin, [dy], x, z, [s], *weight, *facts, dropout, [seed], need_dx, need_dz)
     return dx, dz, dA, dB
+
+
+def kernel(
+    kernels: Kernels, x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, scale, block_size, quant_type, *_
+) -> str:
+    """Which kernel takes the product with W of ``run``."""
+    return nf4_on_gpu.kernel(kernels, x, packed, absmax, absmax_scale, absmax_offset, B.shape[0], block_size, quant_type)
+
+
+def kernel_backward(
+    kernels: Kernels, dy, x, z, s, packed, absmax, absmax_scale, absmax_offset, A, B, scale, block_size, quant_type, *_
+) -> str:
+    """Which takes that of ``run_backward``."""
+    return nf4_on_gpu.kernel_dx(kernels, dy, packed, absmax, absmax_scale, absmax_offset, A.shape[1], block_size, quant_type)
 
 
 def reasons_against(door: Any, x, packed, absmax, absmax_scale, absmax_offset, A, B, bias, z, *_) -> list[str]:

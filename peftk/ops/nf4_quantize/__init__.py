@@ -62,12 +62,17 @@ def quantize_nf4(
     w = w.detach()
     packed, absmax = nf4_quantize(w, block_size, quant_type)
     if nonfinite == "raise" or double_quant:
-        _refuse_nonfinite(w, absmax, block_size, name)
-    scale = offset = None
-    if double_quant:
-        offset = mean_fp64(absmax).to(torch.float32)
-        absmax, scale = blockwise8_quantize(absmax - offset, NESTED_BLOCK)
-    return NF4Weight(packed, absmax, scale, offset, w.shape, w.dtype, block_size, quant_type)
+        refuse_nonfinite(w, absmax, block_size, name)
+    constants = double_quantized(absmax) if double_quant else (absmax, None, None)
+    return NF4Weight(packed, *constants, w.shape, w.dtype, block_size, quant_type)
+
+
+def double_quantized(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """absmax (blocks,) fp32 of a whole weight -> its codes (blocks,) uint8, absmax_scale (ceil(blocks / 256),) and absmax_offset
+    () fp32. Temporaries: one fp32 a block."""
+    offset = mean_fp64(absmax).to(torch.float32)
+    codes, scale = blockwise8_quantize(absmax - offset, NESTED_BLOCK)
+    return codes, scale, offset
 
 
 def mean_fp64(values: torch.Tensor) -> torch.Tensor:
@@ -78,14 +83,23 @@ def mean_fp64(values: torch.Tensor) -> torch.Tensor:
     return sums.sum(dtype=torch.float64) / count
 
 
-def _refuse_nonfinite(w: torch.Tensor, absmax: torch.Tensor, block_size: int, name: str | None) -> None:
+def refuse_nonfinite(
+    w: torch.Tensor,
+    absmax: torch.Tensor,
+    block_size: int,
+    name: str | None,
+    start: int = 0,
+    shape: torch.Size | tuple[int, ...] | None = None,
+) -> None:
+    """ValueError with the first bad index where ``absmax``, of w's blocks, has a NaN or an Inf. w may be the elements from
+    ``start`` on of a weight of this ``shape``, whose index is named then."""
     if absmax.is_meta or absmax.numel() == 0 or math.isfinite(absmax.max().item()):
         return
     block = int((~absmax.isfinite()).nonzero()[0])
     values = w.reshape(-1)[block * block_size : (block + 1) * block_size]
     flat = block * block_size + int((~values.isfinite()).nonzero()[0])
-    index, rest = [], flat
-    for size in reversed(w.shape):
+    index, rest = [], start + flat
+    for size in reversed(shape or w.shape):
         index.insert(0, rest % size)
         rest //= size
     raise ValueError(

@@ -5,16 +5,17 @@ second time as ``peftk_bitsandbytes``, beside peftk, where it can be imported al
 import logging
 import os
 
-SWITCH = "PEFTK_BITSANDBYTES"  # "0": bitsandbytes is left alone
+SWITCH = "PEFTK_BITSANDBYTES"  # "0": bitsandbytes is left alone; "cuda": its GPU kernels are replaced too
 
 
 def register() -> None:
     """``peftk.integrations.bitsandbytes.enable()``, unless PEFTK_BITSANDBYTES=0; a failure is a warning."""
-    if os.environ.get(SWITCH, "1") == "0":
+    switch = os.environ.get(SWITCH, "1")
+    if switch == "0":
         return
     try:
         from peftk.integrations.bitsandbytes import enable
 
-        enable()
+        enable(cuda=switch == "cuda")
     except Exception as error:
         logging.getLogger("peftk").warning("bitsandbytes runs without peftk (%s=0 silences this): %s", SWITCH, error)

@@ -1,0 +1,1 @@
+"""Pages that a command writes and a test keeps up to date."""

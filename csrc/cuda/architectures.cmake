@@ -1,0 +1,63 @@
+# Which GPUs the CUDA objects are for, of those that the compiler knows. PEFTK_GPUS=local (the default): the ones in this machine, as
+# nvidia-smi has them, where there is one; all: Turing, Ampere, Hopper, Blackwell for servers and for desks, and PTX of the last of
+# them, which a driver compiles for what comes after.
+#   cmake -DCMAKE_CUDA_COMPILER=nvcc -DPEFTK_GPUS=all -P csrc/cuda/architectures.cmake    prints the list
+if(CMAKE_SCRIPT_MODE_FILE)
+  cmake_minimum_required(VERSION 3.18)
+endif()
+set(PEFTK_EVERY_GPU 75 80 90 100 120)
+set(PEFTK_OLDEST_GPU 75)
+
+function(peftk_architectures result)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE told RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "peftk: ${CMAKE_CUDA_COMPILER} --list-gpu-arch: ${failed}; a CUDA compiler from 11.1 on is needed")
+  endif()
+  string(REGEX MATCHALL "compute_[0-9]+" told "${told}")
+  string(REPLACE "compute_" "" known "${told}")
+
+  if(NOT PEFTK_GPUS STREQUAL "all")
+    peftk_gpus_here(here)
+    set(usable TRUE)
+    foreach(gpu ${here})
+      if(gpu LESS PEFTK_OLDEST_GPU OR NOT gpu IN_LIST known)
+        set(usable FALSE)
+        message(STATUS "peftk: a GPU of compute capability ${gpu} that ${CMAKE_CUDA_COMPILER} can't compile for")
+      endif()
+    endforeach()
+    if(here AND usable)
+      list(TRANSFORM here APPEND "-real")
+      set(${result} "${here}" PARENT_SCOPE)
+      return()
+    endif()
+  endif()
+
+  set(found)
+  foreach(gpu ${PEFTK_EVERY_GPU})
+    if(gpu IN_LIST known)
+      list(APPEND found ${gpu})
+    endif()
+  endforeach()
+  list(POP_BACK found last)
+  list(TRANSFORM found APPEND "-real")
+  set(${result} ${found} ${last} PARENT_SCOPE)
+endfunction()
+
+# Compute capabilities, as in 80, each once; empty without nvidia-smi or a GPU.
+function(peftk_gpus_here result)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE told RESULT_VARIABLE failed
+                  ERROR_QUIET)
+  set(here)
+  if(NOT failed)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" here "${told}")
+    string(REPLACE "." "" here "${here}")
+    list(REMOVE_DUPLICATES here)
+    list(SORT here)
+  endif()
+  set(${result} "${here}" PARENT_SCOPE)
+endfunction()
+
+if(CMAKE_SCRIPT_MODE_FILE)
+  peftk_architectures(list)
+  message(STATUS "${list}")
+endif()
