@@ -1,4 +1,4 @@
-"""Every flag of every command with values that it can't have: exit status 2, one line on stderr that names the flag and what came,
+"""Every flag of every command with values that it can't have: status 2, one line on stderr that names the flag and what came,
 no traceback, and no folder."""
 
 from __future__ import annotations
