@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from peftk.atomic import carry_over, write_folder
+from peftk.files import read_json, read_tensors, read_torch
 from peftk.methods.adalora import AdaLoraConfig
 from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
@@ -95,11 +95,12 @@ def load_adapter(
     config = read_config(folder)
     path, tensors = _read_tensors(folder)
     config.inference_mode = not is_trainable
+    _check_fits(config, model, tensors, folder, is_trainable)
     state = find_attached(model)
     before = None if state is None else list(state.active)
     attach_empty(model, config, folder, adapter_name)
     try:
-        _load_encoders(model, adapter_name, folder / ENCODER, is_trainable)
+        _load_encoders(model, adapter_name, folder / ENCODER)
         _fill(model, adapter_name, tensors, path)
     except BaseException:
         delete_adapter(model, adapter_name)
@@ -170,48 +171,69 @@ def read_config(folder: Path) -> Any:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a folder with {CONFIG} and {TENSORS}")
+    fields = read_json(path)
+    kind = fields.get("peft_type") if isinstance(fields, dict) else fields
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ValueError(f"{path}: peft_type: expected one of {', '.join(CONFIGS)}, got {kind!r}")
     try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") not in CONFIGS:
-        got = fields.get("peft_type") if isinstance(fields, dict) else fields
-        raise ValueError(f"{path}: peft_type: expected one of {', '.join(CONFIGS)}, got {got!r}")
-    try:
-        return CONFIGS[fields["peft_type"]].from_dict(fields)
+        return CONFIGS[kind].from_dict(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_fits(config: Any, model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path, is_trainable: bool) -> None:
+    """Before memory is taken for it: a config asks for no size that its files don't have."""
+    path = folder / CONFIG
+    try:
+        if isinstance(config, LoraConfig):
+            check_file(config, model)
+            _check_sizes(config.ranks(model), tensors, folder / TENSORS)
+            return
+        encoder = folder / ENCODER
+        config.is_plain = not (is_trainable and encoder.is_file())
+        if is_trainable and config.is_plain and config.has_encoder():
+            logger.warning("%s: no such file; the prompt is trained as a plain tensor, without its encoder", encoder)
+        _check_sizes({"num_virtual_tokens": config.num_virtual_tokens}, tensors, folder / TENSORS)
+        if not config.is_plain:
+            sizes = {name: getattr(config, name, None) for name in ("encoder_hidden_size", "encoder_num_layers")}
+            _check_sizes({name: size for name, size in sizes.items() if size}, read_tensors(encoder), encoder)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_sizes(sizes: dict[str, int], tensors: dict[str, torch.Tensor], path: Path) -> None:
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(f"{name}: expected a size of at most {largest}, the largest dimension in {path.name}, got {size}")
 
 
 def _read_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     path, old = folder / TENSORS, folder / OLD_TENSORS
     if not path.is_file() and old.is_file():
-        return old, torch.load(old, map_location="cpu", weights_only=True)
+        return old, _named_tensors(old)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file, expected one of an adapter; there are {', '.join(sorted(p.name for p in folder.iterdir()))}"
         )
-    try:
-        return path, load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+    return path, read_tensors(path)
 
 
-def _load_encoders(model: nn.Module, adapter_name: str, path: Path, is_trainable: bool) -> None:
-    """Fill the encoders from their file, or drop them where it isn't there or nothing is to be trained."""
-    ours = _encoder_tensors(model, adapter_name)
-    if not ours:
+def _named_tensors(path: Path) -> dict[str, torch.Tensor]:
+    found = read_torch(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected tensors by name, got a {type(found).__name__}")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: expected tensors by name, got a {type(value).__name__} called {key!r}")
+    return found
+
+
+def _load_encoders(model: nn.Module, adapter_name: str, path: Path) -> None:
+    """Fill the encoders from their file, where the adapter has some."""
+    if not (ours := _encoder_tensors(model, adapter_name)):
         return
-    if not is_trainable or not path.is_file():
-        if is_trainable:
-            logger.warning("%s: no such file; the prompt is trained as a plain tensor, without its encoder", path)
-        for wrapper in _beside(model, adapter_name):
-            wrapper.drop_encoder(adapter_name)
-        return
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+    tensors = read_tensors(path)
     _check_same(path, "the encoder's tensors", ours, tensors)
     with torch.no_grad():
         for key, value in tensors.items():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftk"
 TEXT = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
-# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced`, `shards` are tools that import no room.
+# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced`, `shards`, `files` are tools that import no room.
 ALLOWED = {
     "format": set(),
     "native": set(),
@@ -23,6 +23,7 @@ ALLOWED = {
     "atomic": set(),
     "replaced": set(),
     "shards": set(),
+    "files": set(),
     "version": set(),
     "ops": {"format", "native"},
     "paging": {"format", "native"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "info": {"ops", "native", "replaced", "version"},
     "nn": {"ops", "format", "progress", "shards"},
     "methods": {"nn", "ops", "format", "progress", "shards"},
-    "checkpoint": {"methods", "nn", "format", "atomic", "shards"},
+    "checkpoint": {"methods", "nn", "format", "atomic", "shards", "files"},
     "integrations": {
         "methods",
         "nn",
@@ -43,11 +44,12 @@ ALLOWED = {
         "info",
         "replaced",
         "shards",
+        "files",
     },
     "streaming": {"methods", "nn", "ops", "format", "checkpoint", "atomic", "progress"},
     "planner": {"methods", "nn", "ops", "optim", "atomic"},
     "cli": {"planner", "methods", "nn", "ops", "format", "checkpoint", "integrations", "optim", "paging", "atomic", "progress"}
-    | {"info", "streaming"},
+    | {"info", "files", "streaming"},
 }
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "__init__.py").exists())
 

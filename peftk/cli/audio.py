@@ -10,6 +10,8 @@ import torch
 
 from peftk.cli.errors import UserError
 
+_HIGHEST_RATE = 768_000  # Hz, of any converter
+
 
 def read_wave(path: Path, rate: int, longest: float, where: str) -> torch.Tensor:
     """(samples,) fp32 in [-1, 1] at ``rate`` Hz, from PCM of 8, 16, 24 or 32 bits. UserError, after ``where``, for anything else,
@@ -18,16 +20,29 @@ def read_wave(path: Path, rate: int, longest: float, where: str) -> torch.Tensor
         raise UserError(f"{where}: {path}: no such file; expected a wave file")
     try:
         with wave.open(str(path), "rb") as file:
-            channels, width, found = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            content = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise UserError(f"{where}: {path}: expected a PCM wave file ({error or 'it ends too soon'})") from error
+            channels, width, found, frames = file.getnchannels(), file.getsampwidth(), file.getframerate(), file.getnframes()
+            _check_facts(width, found, frames * channels * width, path, where)
+            content = file.readframes(frames)
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: chunks that point outside the file
+        raise UserError(f"{where}: {path}: expected a PCM wave file ({str(error) or 'it ends too soon'})") from error
+    if len(content) != frames * channels * width:
+        raise UserError(f"{where}: {path}: expected a PCM wave file (it ends too soon)")
     samples = _pcm(content, width).reshape(-1, channels).mean(1)
     if not len(samples):
         raise UserError(f"{where}: {path}: holds no samples; expected a recording")
     if len(samples) > longest * found:
         raise UserError(f"{where}: {path}: {len(samples) / found:.1f} seconds; the model hears at most {longest:g}: cut it")
     return resampled(torch.from_numpy(samples), found, rate)
+
+
+def _check_facts(width: int, rate: int, nbytes: int, path: Path, where: str) -> None:
+    """Before memory is taken for them."""
+    if not 1 <= width <= 4:
+        raise UserError(f"{where}: {path}: {8 * width} bits a sample; 8, 16, 24 or 32 are read")
+    if not 1 <= rate <= _HIGHEST_RATE:
+        raise UserError(f"{where}: {path}: {rate} samples a second; 1 to {_HIGHEST_RATE} are read")
+    if nbytes > path.stat().st_size:
+        raise UserError(f"{where}: {path}: expected a PCM wave file (it ends too soon)")
 
 
 def _pcm(content: bytes, width: int) -> np.ndarray:

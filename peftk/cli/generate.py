@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from peftk.cli.errors import UserError
 from peftk.cli.models import DTYPES, MODEL_HELP, open_for, resolve_device, resolve_dtype
 from peftk.cli.prepare import for_generation, kept_dense, prepare_base
 from peftk.cli.tasks import TASKS
+from peftk.files import read_json
 
 SUMMARY = "write text, or judge one, with a model and an adapter"
 DESCRIPTION = (
@@ -101,8 +101,15 @@ def _kept(adapter: Path | None, task_type: str) -> tuple[str, ...]:
     """What the adapter brings whole."""
     if adapter is None:
         return ()
-    config = json.loads((adapter / output.ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    return kept_dense(task_type, config.get("modules_to_save") or ())
+    path = adapter / output.ADAPTER_FILES[0]
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise UserError(f"--adapter {adapter}: {error}") from error
+    whole = config.get("modules_to_save") if isinstance(config, dict) else config
+    if whole is not None and not (isinstance(whole, list) and all(isinstance(name, str) for name in whole)):
+        raise UserError(f"--adapter {adapter}: {path}: modules_to_save: expected a list of names, got {whole!r:.200}")
+    return kept_dense(task_type, whole or ())
 
 
 def _adapter_run(folder: Path | None) -> dict[str, Any]:
@@ -116,4 +123,13 @@ def _adapter_run(folder: Path | None) -> dict[str, Any]:
         raise UserError(
             f"--adapter {folder}: holds no {output.ADAPTER_FILES[0]}{unfinished}; expected the folder of a finished run"
         )
-    return output.read_run(folder) or {}
+    run = output.read_run(folder) or {}
+    known = {"task": TASKS, "base": adapters.BASES, "dtype": ("auto", *DTYPES)}
+    for name, value in run.get("settings", {}).items():
+        if name in known and value is not None and (not isinstance(value, str) or value not in known[name]):
+            raise UserError(
+                f"--adapter {folder}: {output.SETTINGS}: {name}: expected {', '.join(known[name])}, got {value!r:.200}"
+            )
+        if name == "model" and not isinstance(value, str):
+            raise UserError(f"--adapter {folder}: {output.SETTINGS}: model: expected a name, got {value!r:.200}")
+    return run

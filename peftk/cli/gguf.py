@@ -55,16 +55,44 @@ _CONTROL_TOKEN = 3  # llama.cpp's token_type of special tokens
 
 def open_gguf(path: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a GGUF file; the model has fp32 weights, decoded exactly. UserError where it isn't GGUF."""
+    require("transformers", "hf")
+    if not path.is_file():
+        raise UserError(f"--model {path}: no such file")
+    try:
+        reader = _read(path)
+        _check_blocks(reader)
+        return _model(reader, path), gguf_tokenizer(path, reader)
+    except (ImportError, UserError):
+        raise
+    except Exception as error:  # damaged bytes raise whatever the readers stumble over
+        told = str(error).strip().partition("\n")[0] or "nothing more"
+        raise UserError(f"--model {path}: not a readable GGUF file ({type(error).__name__}: {told})") from error
+
+
+def _check_blocks(reader: Any) -> None:
+    """Before a model of so many is made. ValueError where the tensors are those of another number."""
+    architecture = _value(reader, "general.architecture")
+    told, tensors = _value(reader, f"{architecture}.block_count"), [tensor.name for tensor in reader.tensors]
+    found = {int(block[1]) for name in tensors if (block := re.match(r"blk\.(\d+)\.", name))}
+    if not isinstance(told, int) or found != set(range(len(found))) or len(found) != told:
+        raise ValueError(f"{architecture}.block_count: expected the number of the tensors' blocks, {len(found)}, got {told!r}")
+
+
+def _model(reader: Any, path: Path) -> nn.Module:
     transformers = require("transformers", "hf")
-    reader = _read(path)
+    common = {"dtype": torch.float32, "output_loading_info": True}
     if is_plain_llama(reader):
         config = transformers.LlamaConfig(**llama_config(reader))
-        model = transformers.LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=llama_weights(reader), dtype=torch.float32
+        model, told = transformers.LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=llama_weights(reader), **common
         )
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return model, gguf_tokenizer(path, reader)
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **common)
+    if wrong := {
+        kind: sorted(map(str, told[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if told[kind]
+    }:
+        raise ValueError(f"expected every weight of a {type(model).__name__}, got {wrong!r:.300}")
+    return model
 
 
 def gguf_tokenizer(path: Path, reader: Any) -> Any:

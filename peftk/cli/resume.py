@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from peftk.atomic import write_folder
 from peftk.cli.errors import UserError
 from peftk.cli.output import CHECKPOINTS
 from peftk.cli.training import Progress, Row
+from peftk.files import read_torch
+from peftk.optim.layouts import from_any
+from peftk.optim.moments import AVERAGE, SQUARE
 
 ADAPTER, STATE = "adapter", "training.pt"
 
@@ -59,15 +64,77 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, schedule: Any = 
     before, since the optimizer is made of its parameters. UserError where the file can't be read."""
     path = checkpoint / STATE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle raise whatever the reader stumbles over
+        state = read_torch(path)
+        _check_state(state, optimizer)
+        optimizer.load_state_dict(state["optimizer"])
+        if schedule is not None:
+            schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        return Progress(state["step"], [Row(**row) for row in state["rows"]], state["processed"], state["seconds"])
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"--resume: {path} can't be read: start anew with --overwrite ({type(error).__name__}: {error})"
+            f"--resume: {path} can't be read: start anew with --overwrite ({str(error).removeprefix(f'{path}: ')})"
         ) from error
-    optimizer.load_state_dict(state["optimizer"])
-    if schedule is not None:
-        schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    return Progress(state["step"], [Row(**row) for row in state["rows"]], state["processed"], state["seconds"])
+
+
+_NUMBERS = {"step": int, "processed": int, "seconds": float}
+_PARTS = {"optimizer", "schedule", "random", "random_cuda", "rows", *_NUMBERS}
+
+
+def _check_state(state: Any, optimizer: torch.optim.Optimizer) -> None:
+    """ValueError for what this program doesn't write; torch's own optimizer takes any state, and fails in a later step."""
+    if not isinstance(state, dict) or set(state) != _PARTS:
+        got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected {', '.join(sorted(_PARTS))}, got {got}")
+    for name, kind in _NUMBERS.items():
+        if not isinstance(state[name], kind) or isinstance(state[name], bool) or not 0 <= state[name] < 2**53:
+            raise ValueError(f"{name}: expected a number, got {state[name]!r:.200}")
+    if not isinstance(state["rows"], list) or not all(isinstance(row, dict) and _is_row(row) for row in state["rows"]):
+        raise ValueError(f"rows: expected those of {', '.join(_ROW)}, got {state['rows']!r:.200}")
+    if not isinstance(state["random"], torch.Tensor) or not isinstance(state["random_cuda"], list):
+        raise ValueError(f"random: expected a generator's state, got {state['random']!r:.200}")
+    _check_moments(state["optimizer"], optimizer)
+
+
+_ROW = {field.name: field.type for field in fields(Row)}
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    numbers = {name: value for name, value in row.items() if name != "metrics"}
+    metrics = row.get("metrics")
+    return (
+        row.keys() == _ROW.keys()
+        and all(isinstance(numbers[name], int) for name in ("step", "tokens"))
+        and all(value is None or isinstance(value, int | float) for value in numbers.values())
+        and isinstance(metrics, dict)
+        and all(isinstance(name, str) and isinstance(value, int | float) for name, value in metrics.items())
+    )
+
+
+def _check_moments(state: Any, optimizer: torch.optim.AdamW) -> None:
+    """One group with the options that the optimizer has, and of each parameter a step and moments of its shape."""
+    from_any(state, (AVERAGE, SQUARE))
+    (own,), groups = optimizer.param_groups, state["param_groups"]
+    if len(groups) != 1 or groups[0].keys() != own.keys() or not all(_alike(groups[0][name], own[name]) for name in own):
+        raise ValueError(f"optimizer: expected one group with {', '.join(own)}, got {groups!r:.200}")
+    if groups[0]["params"] != list(range(len(own["params"]))):
+        raise ValueError(f"optimizer: expected {len(own['params'])} parameters, got {groups[0]['params']!r:.200}")
+    for at, moments in state["state"].items():
+        shape = own["params"][at].shape
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            wanted, got = (() if name == "step" else tuple(shape)), moments.get(name)
+            if not isinstance(got, torch.Tensor) or tuple(got.shape) != wanted:
+                raise ValueError(f"optimizer: state {at}: {name}: expected a tensor of shape {wanted}, got {got!r:.200}")
+
+
+def _alike(theirs: Any, ours: Any) -> bool:
+    """A finite number, 0 or more, for a number; anything else as it is. ``params`` are looked at for themselves."""
+    if isinstance(ours, list):
+        return isinstance(theirs, list)
+    if isinstance(ours, tuple):
+        return isinstance(theirs, list | tuple) and len(theirs) == len(ours) and all(map(_alike, theirs, ours))
+    if isinstance(ours, float):
+        return isinstance(theirs, float) and 0 <= theirs < math.inf
+    return theirs == ours if isinstance(theirs, type(ours)) else False

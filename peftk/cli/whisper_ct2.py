@@ -6,7 +6,6 @@ is zero there and missing here, since it changes nothing under the softmax.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from peftk.cli.errors import UserError, require
+from peftk.files import read_json
 
 BINARY_VERSION = 6
 FILE = "model.bin"
@@ -64,7 +64,10 @@ def open_whisper(folder: Path) -> tuple[nn.Module, Any]:
     if unexpected or missing != ["proj_out.weight"]:  # tied to the embedding
         raise UserError(f"--model {folder / FILE}: expected a Whisper model; it lacks {missing}, has {unexpected} beside")
     model.tie_weights()
-    model.generation_config = _generation(transformers, folder, model, tokenizer)
+    try:
+        model.generation_config = _generation(transformers, folder, model, tokenizer)
+    except ValueError as error:
+        raise UserError(f"--model {error}") from error
     return model, tokenizer
 
 
@@ -153,9 +156,21 @@ def _layers(arrays: dict[str, np.ndarray], stack: str) -> int:
     return sum(re.fullmatch(rf"{stack}/layer_\d+/ffn/linear_0/weight", name) is not None for name in arrays)
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """Lists of token ids under suppress_ids and suppress_ids_begin, where there are some."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, got a {type(found).__name__}")
+    for name in ("suppress_ids", "suppress_ids_begin"):
+        ids = found.get(name)
+        if ids is not None and not (isinstance(ids, list) and all(isinstance(i, int) and -1 <= i < 2**31 for i in ids)):
+            raise ValueError(f"{path}: {name}: expected token ids, got {ids!r:.200}")
+    return found
+
+
 def _generation(transformers: Any, folder: Path, model: nn.Module, tokenizer: Any) -> Any:
     """What ``generate`` must not say, by the folder's config.json."""
-    settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    settings = _settings(folder / "config.json")
     config = model.config
     made = transformers.GenerationConfig(
         max_length=config.max_target_positions,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import peftk
+from peftk.files import read_torch
 from peftk.methods.adalora_state import adalora_state, restore_adalora
 from peftk.methods.attach import attached, find_attached, wrappers
 
@@ -78,7 +79,18 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str 
 
 def read_state(model: nn.Module, path: str | os.PathLike) -> None:
     """Fill the adapters in place with a ``state_file``. ValueError where it doesn't fit."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_torch(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected tensors by name, got a {type(state).__name__}")
     fit_to_loaded(model, state)
-    incompatible = model.load_state_dict(state, strict=False)
-    check_loaded(model, incompatible)
+    _check_shapes(state, adapter_state(model), path)
+    check_loaded(model, model.load_state_dict(state, strict=False))
+
+
+def _check_shapes(state: dict[str, Any], ours: dict[str, Any], path: str | os.PathLike) -> None:
+    """Before any of it is loaded."""
+    for name, tensor in ours.items():
+        theirs = state.get(name)
+        if isinstance(tensor, torch.Tensor) and theirs is not None and getattr(theirs, "shape", None) != tensor.shape:
+            got = tuple(theirs.shape) if isinstance(theirs, torch.Tensor) else type(theirs).__name__
+            raise ValueError(f"{path}: {name}: expected shape {tuple(tensor.shape)}, got {got}")

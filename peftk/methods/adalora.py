@@ -21,7 +21,7 @@ from peftk.methods.adapter import ModuleToSave, Wrapper
 from peftk.methods.attach import attached, known
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_conv import CONVOLUTIONS
-from peftk.methods.lora_fields import is_number, is_rank
+from peftk.methods.lora_fields import is_number, is_pattern, is_rank
 from peftk.methods.targets import ALL_LINEAR, put_in_place, select, select_whole, visible_modules
 from peftk.nn import is_adaptable
 
@@ -89,8 +89,8 @@ class AdaLoraConfig(LoraConfig):
             "orth_reg_weight": (is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "a number of at least 0"),
             "init_lora_weights": (self.init_lora_weights in (True, False), "True or False"),
             "rank_pattern": (
-                self.rank_pattern is None or all(self._is_row_of_flags(flags) for flags in self.rank_pattern.values()),
-                f"lists of init_r ({self.init_r}) booleans",
+                self.rank_pattern is None or is_pattern(self.rank_pattern, self._is_row_of_flags),
+                f"paths with lists of init_r ({self.init_r}) booleans",
             ),
         }
 
@@ -104,11 +104,17 @@ class AdaLoraConfig(LoraConfig):
             if f.name not in _SHARED and value != default:
                 raise ValueError(f"{f.name}: expected {default!r}, which AdaLoRA has no other meaning for, got {value!r}")
 
+    def targets(self, model: nn.Module) -> list[str]:
+        return select(model, self, _is_supported, _is_wrapper, "linear layers or convolutions")
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        return self._ranks(self.targets(model))
+
     def inject(self, model: nn.Module, name: str) -> AdaLoraConfig:
         """Put adapters called ``name`` on the modules that this config selects, all or, on a ValueError, none. Returns a copy
         that names what was selected."""
         modules = visible_modules(model, _is_wrapper)
-        paths = select(model, self, _is_supported, _is_wrapper, "linear layers or convolutions")
+        paths = self.targets(model)
         whole = select_whole(modules, self, paths)
         ranks = self._ranks(paths)
         _check_groups({path: modules[path] for path in paths})

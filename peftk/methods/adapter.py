@@ -28,8 +28,8 @@ _HOOKS = (
 
 def check_adapter_name(name: str) -> None:
     """ValueError unless ``name`` can stand in a parameter's path."""
-    if not isinstance(name, str) or not name or "." in name or name.startswith("__"):
-        raise ValueError(f"adapter_name: expected a name without dots, got {name!r}")
+    if not isinstance(name, str) or not name or not {".", "/", "\\", "\0"}.isdisjoint(name) or name.startswith("__"):
+        raise ValueError(f"adapter_name: expected a name without dots and slashes, got {name!r}")
     if hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"adapter_name: expected a name that torch's containers don't use themselves, got {name!r}")
 

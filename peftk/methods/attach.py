@@ -167,6 +167,8 @@ def take_out(model: nn.Module, gone: list[Wrapper]) -> None:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -17,7 +17,17 @@ from torch import nn
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper
 from peftk.methods.lora_conv import CONVOLUTIONS, LoraConv, check_rank
 from peftk.methods.lora_embedding import LoraEmbedding
-from peftk.methods.lora_fields import EvaConfig, LoftQConfig, are_names, is_expression, is_number, is_pattern, is_rank, sub_config
+from peftk.methods.lora_fields import (
+    EvaConfig,
+    LoftQConfig,
+    are_layers,
+    are_names,
+    is_expression,
+    is_number,
+    is_pattern,
+    is_rank,
+    sub_config,
+)
 from peftk.methods.lora_init import TAKEN_FROM_W, Start, family, start_of
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.lora_rules import check_config, check_layers
@@ -94,13 +104,21 @@ class LoraConfig:
             "rank_pattern": (is_pattern(self.rank_pattern, is_rank), "regular expressions with positive ranks"),
             "alpha_pattern": (is_pattern(self.alpha_pattern, is_number), "regular expressions with finite numbers"),
             "layers_to_transform": (
-                self.layers_to_transform is None or not isinstance(self.target_modules, str),
-                "None where target_modules is one string (give a list of names)",
+                self.layers_to_transform is None
+                or (are_layers(self.layers_to_transform) and not isinstance(self.target_modules, str)),
+                "numbers of layers, or None where target_modules is one string (give a list of names)",
             ),
             "layers_pattern": (
-                not self.layers_pattern or self.layers_to_transform is not None,
-                "None where layers_to_transform is None",
+                are_names(self.layers_pattern)
+                and all(map(is_expression, self.layers_pattern or ()))
+                and (not self.layers_pattern or self.layers_to_transform is not None),
+                "names, or None where layers_to_transform is None",
             ),
+            **{name: (isinstance(getattr(self, name), bool), "True or False") for name in ("fan_in_fan_out", "inference_mode")},
+            **{
+                name: (isinstance(getattr(self, name), str | None), "a text or None")
+                for name in ("task_type", "base_model_name_or_path")
+            },
         }
         for name, (fits, expected) in checks.items():
             if not fits:
@@ -180,6 +198,13 @@ class LoraConfig:
         for path in whole:
             model.get_submodule(path).add_adapter(name)
         return self._resolved(model, modules, paths, whole)
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """What ``inject`` would give to each layer and parameter, by path. ValueError as there."""
+        modules = visible_modules(model, _is_wrapper)
+        stacked = select_parameters(modules, self.target_parameters or (), self.lora_dropout)
+        paths = [*self.targets(model), *(f"{path}.{parameter}" for path, names in stacked.items() for parameter in names)]
+        return {path: self._rank_and_scaling(path)[0] for path in paths}
 
     def _rank_and_scaling(self, path: str) -> tuple[int, float]:
         rank = pattern_value(self.rank_pattern, path, self.r)

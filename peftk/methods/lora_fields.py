@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+try:
+    from re import _parser
+except ImportError:  # Python 3.10
+    import sre_parse as _parser
 
 
 def is_rank(value: Any) -> bool:
@@ -20,13 +25,51 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_expression(value: str) -> bool:
-    """A regular expression that compiles."""
+def is_expression(value: Any) -> bool:
+    """A regular expression that compiles, and whose search can't take for ever: a config may come from anybody."""
     try:
         re.compile(value)
-    except re.error:
+    except (re.error, TypeError, RecursionError, OverflowError):
         return False
-    return True
+    return _is_quick(_parser.parse(value))
+
+
+_MOST_REPEATS = 5  # time grows with the length of a path to this power
+_MOST_OPTIONS = 10  # time grows with 2 to this power
+
+
+def _is_quick(parsed: Any) -> bool:
+    """No repetition has another, an option or alternatives inside: Python's search tries every way of dividing a text among them.
+    And there are few of each."""
+    repeats = options = 0
+    for within, code, most in _codes(parsed, False):
+        if within:
+            return False
+        is_repeat = code in _REPEATS
+        repeats += is_repeat and most > 1
+        options += not is_repeat or most == 1
+    return repeats <= _MOST_REPEATS and options <= _MOST_OPTIONS
+
+
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT)
+
+
+def _codes(parsed: Any, within: bool) -> Iterator[tuple[bool, Any, int]]:
+    """(whether it stands inside a repetition, what, how often at most) of each repetition, branch and reference to a group."""
+    for code, argument in parsed:
+        if code in _REPEATS:
+            least, most, body = argument
+            if least != most:
+                yield within, code, most
+            yield from _codes(body, within or most > 1)
+        elif code in (_parser.BRANCH, _parser.GROUPREF):
+            yield within, code, 1
+            for branch in argument[1] if code is _parser.BRANCH else ():
+                yield from _codes(branch, within)
+        elif code is _parser.SUBPATTERN:
+            yield from _codes(argument[3], within)
+        elif code in (_parser.ASSERT, _parser.ASSERT_NOT):
+            yield from _codes(argument[1], within)
 
 
 def are_names(value: Any) -> bool:
@@ -34,6 +77,14 @@ def are_names(value: Any) -> bool:
     if value is None or isinstance(value, str):
         return value is None or is_expression(value)
     return isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+
+
+def are_layers(value: Any) -> bool:
+    """A number from 0, or a collection of them."""
+    numbers = [value] if isinstance(value, int) else value
+    return isinstance(numbers, list | tuple | set | range) and all(
+        isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers
+    )
 
 
 def is_pattern(value: Any, is_right: Callable[[Any], bool]) -> bool:

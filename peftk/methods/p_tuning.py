@@ -96,6 +96,9 @@ class PTuningConfig(PromptConfig):
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if k not in self.TRAINING}
 
+    def has_encoder(self) -> bool:
+        return self.encoder_reparameterization_type != "NONE"
+
     def build(self, model: nn.Module) -> nn.Module:
         _, embedding, keys = entry_of(model)
         if keys == "decoder":  # HF peft can't; of two stacks' vectors it would use the first
@@ -117,7 +120,7 @@ class PTuningConfig(PromptConfig):
         return self._encoder(start).to(embedding.weight.device, factor_dtype(embedding.weight))
 
     def _encoder(self, start: torch.Tensor) -> nn.Module:
-        if self.encoder_reparameterization_type == "NONE":
+        if not self.has_encoder() or self.is_plain:
             return PlainPrompt(start)
         if self.encoder_reparameterization_type == "MLP":
             return MLPPrompt(start, self.encoder_hidden_size)

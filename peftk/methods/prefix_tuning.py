@@ -97,6 +97,9 @@ class PrefixTuningConfig(PromptConfig):
             k: v for k, v in fields.items() if k not in ("tokenizer", "tokenizer_name_or_path", "init_text", "init_token_ids")
         }
 
+    def has_encoder(self) -> bool:
+        return self.prefix_projection
+
     def build(self, model: nn.Module) -> nn.Module:
         check_fits(model, self.num_virtual_tokens)
         if self.variant == "embedding":
@@ -141,7 +144,7 @@ class PrefixTuningConfig(PromptConfig):
 
     def _prefix(self, widths: list[int]) -> nn.Module:
         n, is_zero = self.num_virtual_tokens, self.init_weights == "zero"
-        if not self.prefix_projection:
+        if not self.prefix_projection or self.is_plain:
             make = torch.zeros if is_zero else torch.randn
             return Prefix([make(n, width) for width in widths], self.prefix_dropout)
         if self.encoder_hidden_size is None:
@@ -166,7 +169,7 @@ class PrefixTuningConfig(PromptConfig):
         ids = self._start_ids(model)
         if ids is not None:
             prefix.begin([embedded(embedding, ids)])
-        return PrefixVectors(prefix) if self.prefix_projection else PlainPrompt(prefix.pair(0))
+        return PlainPrompt(prefix.pair(0)) if prefix.is_plain else PrefixVectors(prefix)
 
 
 def _check_takes_infix(model: nn.Module) -> None:

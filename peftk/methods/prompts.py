@@ -57,6 +57,7 @@ class PromptConfig:
     TRAINING: ClassVar[tuple[str, ...]] = ()  # of these, those that don't change what a trained prompt computes
 
     _has_hf_task: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = False  # set on one that is read: the prompt is a tensor, and nothing that made it comes with it
 
     def __post_init__(self) -> None:
         if isinstance(self.modules_to_save, set | tuple):
@@ -70,8 +71,14 @@ class PromptConfig:
         names = self.modules_to_save
         return {
             "num_virtual_tokens": (is_count(self.num_virtual_tokens), "a positive integer"),
+            "base_model_name_or_path": (isinstance(self.base_model_name_or_path, str | None), "a text or None"),
             "task_type": (self.task_type is None or self.task_type in TASKS, f"None or one of {', '.join(TASKS)}"),
             "modules_to_save": (names is None or are_strings(names), "a list of names"),
+            "inference_mode": (isinstance(self.inference_mode, bool), "True or False"),
+            **{
+                name: (getattr(self, name) is None or is_count(getattr(self, name)), "None or a positive integer")
+                for name in ("token_dim", "num_layers", "num_attention_heads")
+            },
             "num_transformer_submodules": (self.num_transformer_submodules in (None, 1, 2), "None, 1 or 2"),
         }
 
@@ -122,6 +129,10 @@ class PromptConfig:
         """The encoder, for ``KIND.prompt_embeddings``. Fills in what the model says; ValueErrors come from here, before anything
         is in place."""
         raise NotImplementedError
+
+    def has_encoder(self) -> bool:
+        """Whether something makes the prompt in training."""
+        return False
 
     def arrangement(self) -> Callable | None:
         """Where the virtual tokens of an input-level prompt stand; None: in front."""

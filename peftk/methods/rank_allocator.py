@@ -33,6 +33,7 @@ class RankAllocator:
         self.is_final = config.rank_pattern is not None  # ranks stay as they are
         self.kept = {path: torch.ones(len(m.E), dtype=torch.bool) for path, m in matrices.items()}
         self.history: list[tuple[int, dict[str, int]]] = [(0, self.ranks())]
+        self._widths = {path: (m.A.shape[1], m.B.shape[0]) for path, m in matrices.items()}  # k and n
         self._sensitivity: list[torch.Tensor] = []  # A, E, B of the first matrix, of the second, ...
         self._uncertainty: list[torch.Tensor] = []
 
@@ -139,18 +140,82 @@ class RankAllocator:
         return {**state, "sensitivity": list(self._sensitivity), "uncertainty": list(self._uncertainty)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken. ValueError where it belongs to other matrices."""
-        ours = {path: len(rows) for path, rows in self.kept.items()}
-        theirs = {path: len(rows) for path, rows in state["kept"].items()}
-        if ours != theirs:
-            differing = sorted(path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path))
-            told = ", ".join(f"{path} (expected {ours.get(path, 0)} triplets, got {theirs.get(path, 0)})" for path in differing)
-            raise ValueError(f"state: expected that of the adapter's own matrices, got another for {told}")
+        """Go on where ``state`` was taken. ValueError, before anything changes, where it belongs to other matrices or is none."""
+        self._check_state(state)
         self.step, self.is_final = state["step"], state["is_final"]
         self.kept = {path: state["kept"][path].clone() for path in self.kept}
         self.history = [(step, dict(ranks)) for step, ranks in state["history"]]
         self._sensitivity = [t.clone() for t in state["sensitivity"]]
         self._uncertainty = [t.clone() for t in state["uncertainty"]]
+
+    def _check_state(self, state: Any) -> None:
+        expected = {"step", "is_final", "kept", "history", "sensitivity", "uncertainty"}
+        if not isinstance(state, dict) or set(state) != expected:
+            got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state: expected {', '.join(sorted(expected))}, got {got}")
+        kept, shapes = state["kept"], [shape for path in self.kept for shape in self._shapes(path)]
+        checks = {
+            "step": (_is_count(state["step"]), "a number of steps"),
+            "is_final": (isinstance(state["is_final"], bool), "True or False"),
+            "kept": (isinstance(kept, dict) and all(map(_is_mask, kept.values())), "a mask of rows for each path"),
+            "history": (_is_history(state["history"]), "pairs of a step and the ranks by path"),
+            **{
+                name: (_are_shaped(state[name], shapes), "nothing or a finite fp32 tensor of the shape of each A, E and B")
+                for name in ("sensitivity", "uncertainty")
+            },
+        }
+        for name, (fits, wanted) in checks.items():
+            if not fits and name in ("sensitivity", "uncertainty"):
+                self._check_kept(kept)  # of other matrices: that says more
+            if not fits:
+                raise ValueError(f"state: {name}: expected {wanted}, got {state[name]!r:.200}")
+        self._check_kept(kept)
+        if len(state["sensitivity"]) != len(state["uncertainty"]):
+            raise ValueError("state: uncertainty: expected as many tensors as sensitivity has, got another number")
+
+    def _shapes(self, path: str) -> tuple[tuple[int, int], ...]:
+        """Of A, E and B."""
+        r, (k, n) = len(self.kept[path]), self._widths[path]
+        return (r, k), (r, 1), (n, r)
+
+    def _check_kept(self, kept: dict[str, torch.Tensor]) -> None:
+        ours = {path: len(rows) for path, rows in self.kept.items()}
+        theirs = {path: len(rows) for path, rows in kept.items()}
+        if ours != theirs:
+            differing = sorted((path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path)), key=str)
+            told = ", ".join(f"{path} (expected {ours.get(path, 0)} triplets, got {theirs.get(path, 0)})" for path in differing)
+            raise ValueError(f"state: expected that of the adapter's own matrices, got another for {told}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 1 and not value.is_meta
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(entry, list | tuple)
+        and len(entry) == 2
+        and _is_count(entry[0])
+        and isinstance(entry[1], dict)
+        and all(isinstance(path, str) and _is_count(rank) for path, rank in entry[1].items())
+        for entry in value
+    )
+
+
+def _are_shaped(tensors: Any, shapes: list[tuple[int, int]]) -> bool:
+    if not isinstance(tensors, list | tuple) or len(tensors) not in (0, len(shapes)):
+        return False
+    return all(
+        isinstance(t, torch.Tensor)
+        and (t.dtype, t.layout, tuple(t.shape)) == (torch.float32, torch.strided, shape)
+        and not t.is_meta
+        and bool(whole(torch.isfinite(t).all()))
+        for t, shape in zip(tensors, shapes, strict=False)
+    )
 
 
 def _mean(matrix: torch.Tensor, dim: int) -> torch.Tensor:

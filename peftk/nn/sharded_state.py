@@ -91,4 +91,6 @@ def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _text(facts: torch.Tensor) -> str:
+    if facts.dtype != torch.uint8 or facts.dim() != 1:
+        return f"{facts.dtype} {tuple(facts.shape)}"
     return bytes(facts.tolist()).decode(errors="replace")

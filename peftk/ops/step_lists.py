@@ -4,6 +4,7 @@ the references have them. An optimizer's room has its formula."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,10 @@ class StepOp:
 
 
 def check_numbers(betas: Mapping[str, float], amounts: Mapping[str, float], grad_factor: float) -> None:
-    """Of a step's hyper-parameters, by name. ValueError names the one that is out of its range."""
+    """Of a step's hyper-parameters, by name. ValueError names the one that is out of its range, TypeError what is no number."""
+    for name, value in (*betas.items(), *amounts.items(), ("grad_factor", grad_factor)):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r:.200}")
     for name, beta in betas.items():
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name}: expected a number in [0, 1), got {beta}")
@@ -51,6 +55,14 @@ def check_numbers(betas: Mapping[str, float], amounts: Mapping[str, float], grad
             raise ValueError(f"{name}: expected a finite number, 0 or more, got {amount}")
     if not math.isfinite(grad_factor):
         raise ValueError(f"grad_factor: expected a finite number, got {grad_factor}")
+
+
+def check_step(step: int) -> None:
+    """Which step this is, the first being 1. TypeError for what is no whole number, ValueError for one that can't be."""
+    if not isinstance(step, numbers.Integral) or isinstance(step, bool):
+        raise TypeError(f"step: expected the number of this step, 1 or more, got {step!r:.200}")
+    if not 1 <= step < 2**63:
+        raise ValueError(f"step: expected the number of this step, 1 or more, got {step}")
 
 
 def check(params: Tensors, **lists: Tensors) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peftk.ops.ademamix_step import coefficients, unchecked, unchecked8
+from peftk.ops.step_lists import check_numbers
 from peftk.optim.frame import Frame, sign_of
 from peftk.optim.moments import AVERAGE, SLOW, SQUARE
 from peftk.optim.stepping import Formula
@@ -32,6 +33,10 @@ def _inverse_logarithm(beta: float) -> float:
 
 def _coefficients(group: Mapping[str, Any], step: int) -> Sequence[float]:
     beta1, beta2, beta3 = group["betas"]
+    for name in ("t_alpha", "t_beta3"):
+        if not (group[name] is None or (isinstance(group[name], int) and group[name] >= 0)):
+            raise ValueError(f"{name}: expected None or a number of steps, got {group[name]!r:.200}")
+    check_numbers({"betas[0]": beta1, "betas[2]": beta3}, {"alpha": group["alpha"]}, 1.0)
     alpha = scheduled_alpha(step, group["alpha"], group["t_alpha"])
     beta3 = scheduled_beta3(step, beta1, beta3, group["t_beta3"])
     rates = group["eps"], group["weight_decay"], sign_of(group)

@@ -151,16 +151,21 @@ class Frame(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; also of bitsandbytes' optimizer of that name. Moments come to the bits of this optimizer and to the
-        parameter's device, and are paged where this is paged; byte for byte where they have these bits. ValueError names what
-        doesn't fit."""
+        parameter's device, and are paged where this is paged; byte for byte where they have these bits. ValueError or TypeError
+        names what doesn't fit; nothing has changed then."""
         ours = layouts.from_any(state_dict, self.FORMULA.moments)
-        bits = [group["bits"] for group in self.param_groups]
-        super().load_state_dict(ours | {"state": {key: _Kept(state) for key, state in ours["state"].items()}})
-        for group, own in zip(self.param_groups, bits, strict=True):
-            group["bits"] = own
-        for group, name, p in self._all():
-            if isinstance(kept := self.state.get(p), _Kept):
-                self.state[p] = self._placed(p, group, kept.state, name)
+        before = {"state": self.state, "param_groups": self.param_groups}
+        try:
+            super().load_state_dict(ours | {"state": {key: _Kept(state) for key, state in ours["state"].items()}})
+            for i, (group, old) in enumerate(zip(self.param_groups, before["param_groups"], strict=True)):
+                group["bits"] = old["bits"]
+                self._check_group(group, self._names(i))
+            for group, name, p in self._all():
+                if isinstance(kept := self.state.get(p), _Kept):
+                    self.state[p] = self._placed(p, group, kept.state, name)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"options": self.options, "skipped_steps": self.skipped_steps}
@@ -220,8 +225,14 @@ class Frame(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any], names: list[str]) -> None:
         _check_bits("bits", group["bits"])
-        if len(group["betas"]) != self.FORMULA.betas:
+        if not isinstance(group["betas"], list | tuple) or len(group["betas"]) != self.FORMULA.betas:
             raise ValueError(f"betas: expected {NUMBERS[self.FORMULA.betas]} numbers, got {group['betas']}")
+        if not isinstance(group["maximize"], bool):
+            raise TypeError(f"maximize: expected True or False, got {group['maximize']!r}")
+        if not isinstance(group["lr"], torch.Tensor | int | float) or isinstance(group["lr"], bool):
+            raise TypeError(f"lr: expected a number, got {group['lr']!r}")
+        if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"lr: expected a number, got a tensor of shape {tuple(group['lr'].shape)}")
         self.FORMULA.coefficients(group, 1)
         for name, p in zip(names, group["params"], strict=True):
             if not p.is_floating_point():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from peftk.ops.step_lists import check_numbers
+from peftk.ops.step_lists import check_numbers, check_step
 
 
 class Coefficients(NamedTuple):
@@ -25,8 +25,7 @@ def coefficients(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, grad_factor: float = 1.0
 ) -> Coefficients:
     """Of step number ``step``, the first being 1. ValueError names the argument that is out of its range."""
-    if step < 1:
-        raise ValueError(f"step: expected the number of this step, 1 or more, got {step}")
+    check_step(step)
     check_numbers({"beta1": beta1, "beta2": beta2}, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, grad_factor)
     return Coefficients(
         grad_factor,

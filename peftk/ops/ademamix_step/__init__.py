@@ -19,7 +19,7 @@ import math
 
 from peftk.ops.ademamix_step import cpu, reference
 from peftk.ops.ademamix_step.reference import Coefficients
-from peftk.ops.step_lists import StepOp, Tensors, check, check_numbers
+from peftk.ops.step_lists import StepOp, Tensors, check, check_numbers, check_step
 
 TABLE = (cpu.IMPLEMENTATION, reference.IMPLEMENTATION)
 TABLE8 = (cpu.IMPLEMENTATION8, reference.IMPLEMENTATION8)
@@ -40,8 +40,7 @@ def coefficients(
 ) -> Coefficients:
     """Of step number ``step``, the first being 1; alpha and beta3 as they are at that step. ValueError names the argument that is
     out of its range."""
-    if step < 1:
-        raise ValueError(f"step: expected the number of this step, 1 or more, got {step}")
+    check_step(step)
     amounts = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
     check_numbers({"beta1": beta1, "beta2": beta2, "beta3": beta3}, amounts, grad_factor)
     return Coefficients(
