@@ -202,6 +202,8 @@ def _check_fits(config: Any, model: nn.Module, tensors: dict[str, torch.Tensor],
 
 
 def _check_sizes(sizes: dict[str, int], tensors: dict[str, torch.Tensor], path: Path) -> None:
+    if not tensors:
+        raise ValueError(f"missing keys: expected tensors in {path}, got none")
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for name, size in sizes.items():
         if size > largest:

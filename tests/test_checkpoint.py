@@ -185,7 +185,7 @@ def test_a_prompts_files_are_strict_too(tmp_path):
     save_adapter(attach(tiny.gpt2(), peftk.PTuningConfig(**PROMPT)), tmp_path / "a")
     tensors, encoder = load_file(tmp_path / "a" / TENSORS), load_file(tmp_path / "a" / ENCODER)
     corrupted = [
-        (TENSORS, {}, "missing keys: prompt_embeddings"),
+        (TENSORS, {}, "missing keys: expected tensors"),
         (TENSORS, {**tensors, "ghost": torch.zeros(1)}, "unexpected keys: .*ghost"),
         (
             TENSORS,

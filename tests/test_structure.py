@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftk"
 TEXT = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
-# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced`, `shards`, `files` are tools that import no room.
+# What a room may import beside itself; `native`, `progress`, `atomic`, `replaced`, `shards`, `files` are tools: they import none.
 ALLOWED = {
     "format": set(),
     "native": set(),

@@ -38,9 +38,9 @@ def read_wave(path: Path, rate: int, longest: float, where: str) -> torch.Tensor
 def _check_facts(width: int, rate: int, nbytes: int, path: Path, where: str) -> None:
     """Before memory is taken for them."""
     if not 1 <= width <= 4:
-        raise UserError(f"{where}: {path}: {8 * width} bits a sample; 8, 16, 24 or 32 are read")
+        raise UserError(f"{where}: {path}: expected 8, 16, 24 or 32 bits a sample, got {8 * width}")
     if not 1 <= rate <= _HIGHEST_RATE:
-        raise UserError(f"{where}: {path}: {rate} samples a second; 1 to {_HIGHEST_RATE} are read")
+        raise UserError(f"{where}: {path}: expected 1 to {_HIGHEST_RATE} samples a second, got {rate}")
     if nbytes > path.stat().st_size:
         raise UserError(f"{where}: {path}: expected a PCM wave file (it ends too soon)")
 

@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a GGUF file; the model has fp32 weights, decoded exactly. UserError where it isn't GGUF."""
     require("transformers", "hf")
     if not path.is_file():
-        raise UserError(f"--model {path}: no such file")
+        raise UserError(f"--model {path}: no such file; expected a folder, a .gguf file or a known name")
     try:
         reader = _read(path)
         _check_blocks(reader)

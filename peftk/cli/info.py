@@ -7,6 +7,7 @@ import argparse
 import torch
 
 import peftk
+from peftk.cli import flags
 from peftk.cli.errors import UserError
 from peftk.ops.choices import CALLS, DEVICES
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An operation and the shapes it is asked about."""
     parser.add_argument("op", nargs="?", metavar="OP", help=f"an operation: {', '.join(CALLS)}")
     for name, (default, meaning) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
+        parser.add_argument(f"--{name}", type=flags.positive_int, default=default, help=meaning)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x, A and B")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the tensors would lie")
 

@@ -74,9 +74,8 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, schedule: Any = 
             torch.cuda.set_rng_state_all(state["random_cuda"])
         return Progress(state["step"], [Row(**row) for row in state["rows"]], state["processed"], state["seconds"])
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"--resume: {path} can't be read: start anew with --overwrite ({str(error).removeprefix(f'{path}: ')})"
-        ) from error
+        told = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"--resume: {path} can't be read: start anew with --overwrite ({told})") from error
 
 
 _NUMBERS = {"step": int, "processed": int, "seconds": float}

@@ -52,13 +52,16 @@ def check_loaded(model: nn.Module, incompatible: Any) -> None:
         return
     unexpected.remove(MARK)
     ours = set(adapter_state(model)) - {RANKS} if find_attached(model) is not None else set()
-    lacking, others = sorted(ours & set(missing)), sorted(unexpected)
+    _check_names(ours & set(missing), set(unexpected))
+    missing.clear()
+
+
+def _check_names(lacking: set[str], others: set[str]) -> None:
     if lacking or others:
         raise ValueError(
-            f"checkpoint: expected the tensors of the model's adapters, got none for {lacking} and others, {others}: attach what "
-            "was attached when it was written"
+            f"checkpoint: expected the tensors of the model's adapters, got none for {sorted(lacking)} and others, "
+            f"{sorted(map(str, others))}: attach what was attached when it was written"
         )
-    missing.clear()
 
 
 def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str | None = None) -> None:
@@ -82,6 +85,8 @@ def read_state(model: nn.Module, path: str | os.PathLike) -> None:
     state = read_torch(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected tensors by name, got a {type(state).__name__}")
+    own = {MARK, RANKS}
+    _check_names(adapter_state(model).keys() - state.keys() - own, state.keys() - adapter_state(model).keys() - own)
     fit_to_loaded(model, state)
     _check_shapes(state, adapter_state(model), path)
     check_loaded(model, model.load_state_dict(state, strict=False))

@@ -14,6 +14,8 @@ NEEDED = {
     "generate": ["--model", "none", "--prompt", "x"],
     "quantize": ["--model", "none", "--out", "out"],
     "memory": ["--model", "llama-7b"],
+    "merge": ["--model", "none", "--adapter", "none", "--out", "out"],
+    "bench": [],
     "info": [],
 }
 # By the name of a flag's type: what it must refuse.
@@ -43,18 +45,24 @@ BY_FLAG = {
     ("generate", "--device"): ["abacus"],
     ("quantize", "--model"): ["no/such/folder"],
     ("quantize", "--out"): ["a-file"],
+    ("merge", "--model"): ["no/such/folder"],
+    ("merge", "--adapter"): ["no/such/folder", "a-file"],
+    ("merge", "--out"): ["a-file"],
     ("memory", "--model"): ["no/such/folder"],
     ("memory", "--target-modules"): ["nothing-of-this-name"],
 }
 # Any text may be right for these until a model is there: the tests of their commands have the wrong ones.
 NEED_A_MODEL = {
     ("finetune", "--target-modules"), ("finetune", "--template"), ("finetune", "--init-text"), ("memory", "--plot"),
+    ("merge", "--skip"), ("merge", "--report"), ("merge", "--plot"), ("quantize", "--skip"), ("quantize", "--report"),
+    ("quantize", "--plot"),
 }  # fmt: skip
 
 
 def actions() -> list[tuple[str, argparse.Action]]:
     commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return [(name, a) for name, command in commands.choices.items() for a in command._actions if a.dest != "help"]
+    every = ((name, action) for name, command in commands.choices.items() for action in command._actions)
+    return [(name, action) for name, action in every if action.option_strings and action.dest != "help"]
 
 
 def cases() -> list:
