@@ -93,7 +93,7 @@ def check_out(arguments: argparse.Namespace) -> None:
     for name in ("report", "plot"):
         path: Path | None = getattr(arguments, name)
         if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f"--{name} {path}: no such folder")
+            raise UserError(f"--{name} {path}: no such folder, expected one that is there")
 
 
 def in_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -14,7 +14,7 @@ NEEDED = {
     "generate": ["--model", "none", "--prompt", "x"],
     "quantize": ["--model", "none", "--out", "out"],
     "memory": ["--model", "llama-7b"],
-    "merge": ["--model", "none", "--adapter", "none", "--out", "out"],
+    "merge": ["--model", "none", "--adapter", "a-folder", "--out", "out"],
     "bench": [],
     "info": [],
 }
@@ -84,6 +84,7 @@ def cases() -> list:
 def test_a_wrong_value_is_one_line_and_status_2(command, flag, wrong, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").write_text("x")
+    (tmp_path / "a-folder").mkdir()
     (tmp_path / "none.txt").write_text("the of and to\n")
     for value in wrong:
         given = [flag + value] if value == "=yes" else [flag, value] if not value.startswith("-") else [f"{flag}={value}"]
