@@ -39,9 +39,9 @@ def read_torch(path: str | os.PathLike) -> Any:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-                raise ValueError("compressed parts")
+                raise ValueError("expected parts as they are, got compressed parts")
             if sum(part.file_size for part in parts) > path.stat().st_size:
-                raise ValueError("parts that are larger than the file")
+                raise ValueError("expected parts of the file, got parts that are larger than the file")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -56,5 +56,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in found if names.count(name) > 1)!r} twice")
+        raise ValueError(f"expected each key once, got {next(name for name in found if names.count(name) > 1)!r} twice")
     return found
