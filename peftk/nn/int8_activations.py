@@ -12,11 +12,8 @@ import torch
 _override: ContextVar[bool | None] = ContextVar("peftk_int8_activations", default=None)
 
 
-class _Open:
-    """How many contexts are open, in any thread. torch.compile can't read a ContextVar, but it guards on this number."""
-
-    count = 0
-    lock = threading.Lock()
+_lock = threading.Lock()
+_open = 0  # contexts, in any thread: torch.compile can't read a ContextVar, but guards on a global (2.6: on no class's attribute)
 
 
 @contextlib.contextmanager
@@ -29,14 +26,15 @@ def use_int8_activations(enabled: bool = True) -> Iterator[None]:
     the current thread or task. Under torch.compile a layer that meets this context breaks the graph (and fails with
     fullgraph=True): set the layers' attribute instead, which compiles.
     """
+    global _open
     token = _override.set(enabled)
-    with _Open.lock:
-        _Open.count += 1
+    with _lock:
+        _open += 1
     try:
         yield
     finally:
-        with _Open.lock:
-            _Open.count -= 1
+        with _lock:
+            _open -= 1
         _override.reset(token)
 
 
@@ -45,5 +43,5 @@ def wants_int8(layer: torch.nn.Module, *tensors: torch.Tensor | None) -> bool:
     # The mode matters too: reentrant gradient checkpointing runs a training step's forward pass without gradients.
     if layer.training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return False
-    override = _override.get() if _Open.count > 0 else None
+    override = _override.get() if _open > 0 else None
     return layer.int8_activations if override is None else override
