@@ -117,7 +117,7 @@ def test_a_file_that_is_no_model(capsys, tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "model.gguf").write_bytes(b"no such thing" * 100)
     assert main(["memory", "--model", str(tmp_path / "model.gguf")]) == 2
-    assert "not a readable GGUF file" in capsys.readouterr().err
+    assert "expected a GGUF file, got one that can't be read" in capsys.readouterr().err
 
 
 def test_a_cpus_heap_has_holes(capsys, folder):

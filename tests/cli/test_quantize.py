@@ -175,7 +175,7 @@ def test_another_quantisation_is_refused(quantised, tmp_path):
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"]["load_in_4bit"], config["quantization_config"]["load_in_8bit"] = False, True
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantised by bitsandbytes; bitsandbytes' 4-bit form"):
+    with pytest.raises(UserError, match="quantised by bitsandbytes; expected bitsandbytes' 4-bit form"):
         open_model(str(tmp_path))
 
 

@@ -241,8 +241,8 @@ def test_an_adapter_of_rank_0_is_the_base_and_trains_on():
         ({"init_lora_weights": "gaussian"}, "init_lora_weights: expected True or False, got 'gaussian'"),
         ({"use_rslora": True}, "use_rslora: expected False, which AdaLoRA has no other meaning for, got True"),
         ({"alpha_pattern": {"q": 2}}, "alpha_pattern: expected {}"),
-        ({"rank_pattern": {"layers.0.q.lora_E": [True]}}, r"rank_pattern: expected lists of init_r \(4\) booleans"),
-        ({"rank_pattern": {"q": 4}}, "rank_pattern: expected lists of init_r"),
+        ({"rank_pattern": {"layers.0.q.lora_E": [True]}}, r"rank_pattern: expected paths with lists of init_r \(4\) booleans"),
+        ({"rank_pattern": {"q": 4}}, "rank_pattern: expected paths with lists of init_r"),
         ({"lora_dropout": 1.0}, "lora_dropout: expected a probability"),
     ],
 )

@@ -357,9 +357,9 @@ def test_training_lowers_the_loss_and_leaves_the_base():
         ({"alpha_pattern": {"q": "x"}}, r"alpha_pattern: expected regular expressions with finite numbers"),
         (
             {"target_modules": "all-linear", "layers_to_transform": [0]},
-            r"layers_to_transform: expected None where target_modules",
+            r"layers_to_transform: expected numbers of layers, or None where target_modules",
         ),
-        ({"layers_pattern": "h"}, r"layers_pattern: expected None where layers_to_transform is None"),
+        ({"layers_pattern": "h"}, r"layers_pattern: expected names, or None where layers_to_transform is None"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

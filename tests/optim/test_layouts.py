@@ -117,8 +117,8 @@ def test_what_does_not_fit_is_named():
         return state
 
     for state, message in [
-        (changed(absmax1=torch.zeros(4)), r"state\[0\].absmax1: expected 25 values, one for 256 codes, got 4"),
-        (changed(absmax2=None), r"state\[0\].absmax2: expected 25 values, one for 256 codes, got none"),
+        (changed(absmax1=torch.zeros(4)), r"state\[0\].absmax1: expected 25 fp32 values, one for 256 codes, got torch.float32"),
+        (changed(absmax2=None), r"state\[0\].absmax2: expected 25 fp32 values, one for 256 codes, got NoneType"),
         (changed(qmap1=values8(False)), r"state\[0\].qmap1: expected the signed dynamic 8-bit values, got others"),
         (changed(max_exp_avg_sq=torch.zeros(3)), r"state\[0\]: expected AdamW without amsgrad, got max_exp_avg_sq"),
         (

@@ -53,10 +53,10 @@ def test_what_is_wrong_is_named(tmp_path):
     indexed(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors", "c": "y.safetensors"}}))
-    with pytest.raises(ValueError, match="index.json: names the tensor c, which y.safetensors doesn't have"):
+    with pytest.raises(ValueError, match="index.json: names the tensor c, which y.safetensors is expected to have"):
         open_folder(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "z.safetensors"}}))
-    with pytest.raises(ValueError, match="index.json: names z.safetensors, which is not in the folder"):
+    with pytest.raises(ValueError, match="index.json: names z.safetensors, which is expected in the folder"):
         open_folder(tmp_path)
     index.write_text("[]")
     with pytest.raises(ValueError, match="index.json: expected JSON with a weight_map"):

@@ -104,24 +104,38 @@ template <class Cell, class Panel>
 class Lows {
  public:
   Lows(const Rows& rows, const std::vector<Branch>& branches, const Compact& compact, bool scaled, std::int64_t block,
-       Panel panel) {
+       Panel panel)
+      : memory_(sizeof(std::uint32_t) * static_cast<std::size_t>(all_cells(rows, branches, block))) {
+    std::int64_t at = 0;
     for (std::size_t i = 0; i < branches.size(); i++) {
       if (rows.count(i) == 0 || branches[i].r == 0) continue;
       sources_.push_back(
           {{compact.of(i), branches[i].r, scaled ? branches[i].scale : 1.0f}, &rows, static_cast<std::int64_t>(i)});
-      left_.emplace_back(sizeof(std::uint32_t) * static_cast<std::size_t>(left_cells<Cell>(block, branches[i].r)));
-      factors_.push_back(factors(left_.back().template as<std::uint32_t>(), branches[i].r, panel(branches[i])));
+      first_.push_back(at);
+      factors_.push_back(factors(memory_.as<std::uint32_t>() + at, branches[i].r, panel(branches[i])));
+      at += cells(block, branches[i].r);
     }
   }
   const auto& of(std::int64_t first, std::int64_t count, int threads) {
     for (std::size_t i = 0; i < sources_.size(); i++)
-      pack_all<Cell>(sources_[i], first, count, factors_[i].depth, left_[i].template as<std::uint32_t>(), threads);
+      pack_all<Cell>(sources_[i], first, count, factors_[i].depth, memory_.as<std::uint32_t>() + first_[i], threads);
     return factors_;
   }
 
  private:
+  static std::int64_t cells(std::int64_t block, std::int64_t r) {
+    return (left_cells<Cell>(block, r) + 15) / 16 * 16;
+  }  // cache lines
+  static std::int64_t all_cells(const Rows& rows, const std::vector<Branch>& branches, std::int64_t block) {
+    std::int64_t all = 0;
+    for (std::size_t i = 0; i < branches.size(); i++)
+      if (rows.count(i) > 0 && branches[i].r > 0) all += cells(block, branches[i].r);
+    return all;
+  }
+
+  Scratch memory_;  // one for all: a container of them would be compiled once for each instruction set, under one name
   std::vector<SpreadRows> sources_;
-  std::deque<Scratch> left_;
+  std::vector<std::int64_t> first_;
   std::vector<decltype(factors(nullptr, 0, std::declval<Panel>()(std::declval<Branch>())))> factors_;
 };
 
