@@ -63,7 +63,7 @@ def test_what_is_wrong_is_named(tmp_path):
         open_folder(tmp_path)
     index.unlink()
     save_file({"a": TENSORS["a"]}, tmp_path / "y.safetensors")
-    with pytest.raises(ValueError, match="the tensor a is in more than one file"):
+    with pytest.raises(ValueError, match="the tensor a is expected once"):
         open_folder(tmp_path)
 
 
