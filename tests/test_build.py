@@ -60,6 +60,19 @@ def test_wheel_from_the_sdist_without_nvcc(sdist, tmp_path):
     assert "does not run: this build found no nvcc" in printed[-2]
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.full
+def test_compiles_without_a_warning(tmp_path):
+    """The CPU kernels on every instruction set."""
+    import pybind11
+
+    options = ("-DPEFTK_CUDA=OFF", "-DPEFTK_WARNINGS_AS_ERRORS=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    run(
+        "cmake", "-S", str(ROOT), "-B", str(tmp_path), "-GNinja", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options, cwd=ROOT
+    )
+    run("cmake", "--build", str(tmp_path), cwd=ROOT)
+
+
 def test_installs_without_a_compiler(sdist, tmp_path):
     """The reference runs, and info() says what the build said."""
     printed = install(sdist, tmp_path / "site", CXX=str(tmp_path / "no-compiler-here"))
