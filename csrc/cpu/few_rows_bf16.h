@@ -72,11 +72,13 @@ void few_lanes(const std::uint8_t* const* rows, const float* const* scales, std:
   for (int i = 0; i < R * M; i++) sums[i] = as_cells(F32{sum[i]});
 }
 
+constexpr int few_at_once(int rows) { return rows < 8 ? rows : 8; }  // 16 rows at once spill registers: 5 % slower
+
 // The sums of kFewSums / M rows of W with M rows of x, row-major.
 template <int M>
 F32 few_sums(const std::uint8_t* const* rows, const float* const* scales, std::int64_t k, __m512i table, const std::uint32_t* x,
              std::int64_t x_stride) {
-  constexpr int kRows = kFewSums / M, kAtOnce = kRows < 8 ? kRows : 8;  // 16 rows at once spill registers: 5 % slower
+  constexpr int kRows = kFewSums / M, kAtOnce = few_at_once(kRows);
   U32 square[kFewSums];
   for (int r = 0; r < kRows; r += kAtOnce) few_lanes<M, kAtOnce>(rows + r, scales + r, k, table, x, x_stride, square + r * M);
   return sum_lanes(square);
@@ -97,6 +99,7 @@ void few_rows_bf16(const Matrix4& w, const Bf16* x, std::int64_t stride, std::in
   parallel_for_threads(units, threads, [&](std::int64_t begin, std::int64_t end, int thread) {
     float* const constants = memory.as<float>() + padded * cells + slab * thread;
     constants[slab - 2] = constants[slab - 1] = 0.0f;
+    ask_first<few_at_once(R)>(w.packed + begin * R * w.k / 2, w.k);
     for (std::int64_t unit = begin; unit < end; unit++) {
       const std::uint8_t* rows[R];
       const float* scales[R];

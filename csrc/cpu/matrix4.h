@@ -103,10 +103,18 @@ inline void turn_constants(const Matrix4& w, std::int64_t first_row, std::int64_
 // order of memory, a line for each line that is read, into the second-level cache. A 4096 x 4096 W in DRAM takes nf4_linear_int8
 // 0.3 ms so at m = 1, in L3 0.25; it took 0.70 where the next rows were asked for in the order that they are read in, into the
 // first level.
-inline constexpr std::int64_t kAhead = 32 << 10;  // bytes, at least
+inline constexpr std::int64_t kAhead = 8 << 10;  // bytes, at least
+inline std::int64_t bytes_ahead(int rows, std::int64_t k) { return std::max<std::int64_t>(rows * k / 2, kAhead); }
 template <int Rows>
 void ask_ahead(const std::uint8_t* first_row, std::int64_t k, std::int64_t line) {
-  __builtin_prefetch(first_row + std::max<std::int64_t>(Rows * k / 2, kAhead) + 64 * line, 0, 2);
+  __builtin_prefetch(first_row + bytes_ahead(Rows, k) + 64 * line, 0, 2);
+}
+
+// At the start of a thread's rows: the bytes that nothing before them asked for. With a W of 576 x 576, out of memory, they are a
+// tenth of a thread's, and 20 us become 18 (two threads); 32 KB for kAhead are 40 % of them, and as slow as not asking.
+template <int Rows>
+void ask_first(const std::uint8_t* first_row, std::int64_t k) {
+  for (std::int64_t byte = 0; byte < bytes_ahead(Rows, k); byte += 64) __builtin_prefetch(first_row + byte, 0, 2);
 }
 
 // `Constants`: Absmax itself, or a pointer p to decoded ones with p[block] valid where it is read.

@@ -223,7 +223,9 @@ class NF4Linear(nn.Linear):
         return nf4_linear(self._in_compute_dtype(x), self._own_w4()).to(x.dtype)
 
     def _own_bias(self) -> torch.Tensor | None:
-        return factor(self.bias) if self.is_tensor_parallel and self.bias is not None else self.bias
+        parameters = self._parameters  # past nn.Module's search for attributes, where the bias has no parametrization
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        return factor(bias) if self.is_tensor_parallel and bias is not None else bias
 
     def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.compute_dtype is None else x.to(self.compute_dtype)

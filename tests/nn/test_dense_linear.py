@@ -85,6 +85,26 @@ def test_strides_that_do_not_fold_take_no_batched_product():
         assert "bmm" not in ours.names and ("bmm" in theirs.names or x.numel() == 0)
 
 
+@kinds
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (2, 24), (4, 1, 24), (3, 8, 24), (17, 24)], ids=str)
+def test_a_few_rows_in_bf16(kind, bias, shape):
+    """W x^T: as close as x W^T, of the same shape, contiguous; with gradients torch's linear."""
+    layer, origin, _ = make(kind) if bias or kind == "conv1d" else make(kind, bias=False)
+    layer, origin, x = layer.bfloat16(), origin.bfloat16(), torch.randn(shape).bfloat16()
+    with torch.no_grad():
+        y, expected = layer(x), origin(x)
+    assert y.is_contiguous() and y.shape == (*shape[:-1], 10) and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=8e-3, atol=8e-3)
+    assert layer(x).requires_grad
+
+
+def test_a_few_rows_under_autocast():
+    layer = DenseLinear.from_linear(nn.Linear(24, 10)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert layer(torch.randn(2, 24).bfloat16()).dtype == torch.float16
+
+
 def test_no_bias():
     layer, linear, w = make("linear", bias=False)
     assert layer.bias is None and list(layer.state_dict()) == ["weight"]

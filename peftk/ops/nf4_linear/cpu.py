@@ -31,12 +31,11 @@ def run_straight(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None, kern
     if number is None:
         return None
     n, k = w4.shape
-    rows = as_rows(x)
+    first, stride, m = rows_of(x, k)
     y = x.new_empty((*x.shape[:-1], n))
     getattr(native(), kernel)(
         w4.packed.data_ptr(), w4.absmax.data_ptr(), address(w4.absmax_scale), address(w4.absmax_offset), n, k, w4.block_size,
-        number, rows.data_ptr(), rows.stride(0), rows.shape[0], NATIVE_DTYPE[x.dtype], address(bias), y.data_ptr(),
-        torch.get_num_threads(),
+        number, first.data_ptr(), stride, m, NATIVE_DTYPE[x.dtype], address(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -66,20 +65,29 @@ FEW_ROWS = 48  # as kStripsUpTo in csrc/cpu/strips_bf16.h: no panels, so weights
 
 
 def run_straight_many(x: torch.Tensor, w4: Sequence[NF4Weight], bias: Any) -> list[torch.Tensor] | None:
-    """``run_straight`` for each of a list of weights, where x has few rows and nothing is to complain of; else None."""
+    """``run_many`` for a call that ``dispatch.is_straight``, where x has few rows and nothing is to complain of; else None."""
     biases = bias if isinstance(bias, (list, tuple)) else [None] * len(w4)
     if x.dim() == 0 or x.numel() > FEW_ROWS * x.shape[-1] or len(biases) != len(w4) or not (bias is None or bias is biases):
         return None
-    ys = []
+    outputs, ys, before = [], [], x.shape[:-1]
     for weight, one in zip(w4, biases, strict=True):
         try:
-            y = run_straight(x, weight, one) if type(weight) is NF4Weight else None
+            number = straight_code(x, weight, one) if type(weight) is NF4Weight else None
         except (TypeError, ValueError):  # parts that don't fit: the checks of a list name the weight
             return None
-        if y is None:
+        if number is None:
             return None
+        n = weight.shape[0]
+        y = x.new_empty((*before, n))
+        absmax = weight.absmax.data_ptr(), address(weight.absmax_scale), address(weight.absmax_offset)
+        outputs.append(((weight.packed.data_ptr(), *absmax, n, weight.block_size, number), address(one), y.data_ptr()))
         ys.append(y)
-    return ys or None
+    if not ys:
+        return None
+    k = x.shape[-1]
+    first, stride, m = rows_of(x, k)
+    native().nf4_linear_many(outputs, k, first.data_ptr(), stride, m, NATIVE_DTYPE[x.dtype], torch.get_num_threads())
+    return ys
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -92,6 +100,14 @@ def _straight_code(w4: NF4Weight) -> int:
         return -1
     check_constants(*w4.tensors(), w4.shape.numel(), w4.block_size, w4.quant_type)
     return code4(w4.quant_type).number
+
+
+def rows_of(x: torch.Tensor, k: int) -> tuple[torch.Tensor, int, int]:
+    """``as_rows`` without a view where x is contiguous: a tensor that starts at the first row, elements from row to row, rows."""
+    if x.is_contiguous() and k:
+        return x, k, x.numel() // k
+    rows = as_rows(x)
+    return rows, rows.stride(0), rows.shape[0]
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
