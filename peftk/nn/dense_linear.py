@@ -26,8 +26,8 @@ FEW_ROWS = 16
 def _linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """torch's, the way that passes over W fastest.
 
-    A few rows in bf16 on a CPU without gradients: (W x^T)^T. 49152 x 576, two threads of a Xeon with AMX, from memory: 1.5 ms for one
-    row where x W^T takes 4.3, and 1.7 to 2.3 for 2 to 16 rows where it takes 3.9 to 4.5 (torch 2.13).
+    A few rows in bf16 on a CPU without gradients: (W x^T)^T. 49152 x 576, two threads of a Xeon with AMX, from memory: 1.5 ms for
+    one row where x W^T takes 4.3, and 1.7 to 2.3 for 2 to 16 rows where it takes 3.9 to 4.5 (torch 2.13).
     Strides of x that don't fold, as those of hidden[:, -1:] don't: on rows, since torch's batched product would copy W for each
     entry of the batch (SmolLM2's head in bf16: 165 ms, in the place of 9)."""
     sizes, strides = x.shape, x.stride()
