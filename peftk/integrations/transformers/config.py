@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,11 @@ class NF4Config(QuantizationConfigMixin):
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
         names = modules_to_not_convert
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+        if (
+            isinstance(names, str)
+            or not isinstance(names or (), Iterable)
+            or not all(isinstance(name, str) for name in names or ())
+        ):
             raise TypeError(f"modules_to_not_convert: expected a list of names or None, got {names!r}")
         self.quant_method = METHOD
         self.block_size, self.double_quant, self.quant_type = block_size, double_quant, quant_type
