@@ -1,4 +1,4 @@
-"""HF peft's whole round on a model that transformers read with an NF4Config: as on one from ``peftk.quantize_model``, bit for bit."""
+"""HF peft's whole round on a model read with an NF4Config: as on one from ``peftk.quantize_model``, bit for bit."""
 
 from __future__ import annotations
 
