@@ -156,7 +156,9 @@ class DenseLinear(Dense, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> DenseLinear:
-        """Shares the linear layer's parameters: nothing is copied."""
+        """Shares the linear layer's parameters: nothing is copied. TypeError for another layer."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
@@ -182,13 +184,17 @@ class DenseConv1D(Dense, nn.Module):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
         super().__init__()
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (k, n), got {tuple(weight.shape)}")
         self.weight, self.bias = weight, bias
         self.in_features, self.out_features = weight.shape
         self.nf, self.nx = self.out_features, self.in_features
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module) -> DenseConv1D:
-        """Shares the layer's parameters: nothing is copied."""
+        """Shares the layer's parameters: nothing is copied. TypeError for another layer, whose weight may lie the other way."""
+        if not is_conv1d(conv1d):
+            raise TypeError(f"conv1d: expected transformers' Conv1D, got {type(conv1d).__name__}")
         return cls(conv1d.weight, conv1d.bias).train(conv1d.training)
 
     def _rows(self) -> torch.Tensor:
