@@ -10,7 +10,7 @@ from peftk.nn.nf4_linear import NF4Linear
 
 def constants_as_parameters(model: nn.Module) -> nn.Module:
     """Make the blocks' constants of every NF4Linear in ``model`` Parameters, so that ``fully_shard`` splits them as it does the
-    codes: call it before. Returns the model.
+    codes: call it before. Returns the model. fully_shard takes parameters of bytes in torch 2.13, and not yet in 2.6.
 
     Without it the constants stay whole in every process: 1/32 of the codes' bytes double quantised, 1/8 otherwise, at block size
     64. They are uint8 and frozen: no mixed-precision policy casts them. What stays whole with it is absmax_scale, 1/2048. The

@@ -13,14 +13,18 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import matplotlib.backends.backend_agg  # noqa: F401
 import torch
 import transformers  # noqa: F401
+from tqdm import tqdm
 
 from peftk.cli import main
+
+LIMIT = 300  # seconds of a child; the machine may be busy
 
 
 def child(command: list[str]) -> int:
@@ -29,6 +33,7 @@ def child(command: list[str]) -> int:
     pid = os.fork()
     if pid == 0:
         status = 1
+        tqdm.set_lock(threading.RLock())  # the inherited one is shared by processes: one that is killed would hold it for ever
         try:
             sys.stdout = open(os.devnull, "w")
             status = main(command)
@@ -38,8 +43,16 @@ def child(command: list[str]) -> int:
 
 
 def ended(pid: int) -> int:
-    """Exit status; below 0 the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """Exit status; below 0 the signal. TimeoutError, and the process is killed, where it doesn't end."""
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise TimeoutError(f"process {pid} did not end within {LIMIT} s")
 
 
 def kill(out: Path, times: int, seed: int, command: list[str]) -> dict:

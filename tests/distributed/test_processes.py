@@ -13,6 +13,9 @@ import peftk
 from distributed.models import adalora, adamw, batch, decoder, train
 from distributed.processes import run
 
+# In older ones it makes each part a Parameter that wants a gradient, which no tensor of bytes may (pytorch issue 177844).
+SHARDS_BYTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+WHY_NOT = f"fully_shard of torch {torch.__version__} takes no uint8 parameters; that of 2.13 does"
 CLOSE = {"rtol": 2e-5, "atol": 0}
 
 
@@ -34,15 +37,22 @@ def folder(tmp_path_factory):
     return str(tmp_path_factory.mktemp("checkpoint"))
 
 
+class Results(dict):
+    """By program; of one that this torch can't run, a skipped test."""
+
+    def __missing__(self, program: str):
+        pytest.skip(WHY_NOT)
+
+
 @pytest.fixture(scope="module")
 def four(folder):
-    return run(4, "sharded", ("saved", {"folder": folder}))
+    return Results(run(4, "sharded", ("saved", {"folder": folder})) if SHARDS_BYTES else {})
 
 
 @pytest.fixture(scope="module")
 def two(folder, four):
-    others = ("replicated", "mixed_precision", "offloaded", "own_optimizers", "allocated")
-    return run(2, *others, ("tensor_parallel", {"block_size": 32}), ("loaded", {"folder": folder}))
+    sharded = ("mixed_precision", "offloaded", "own_optimizers", "allocated", ("loaded", {"folder": folder}))
+    return Results(run(2, "replicated", ("tensor_parallel", {"block_size": 32}), *(sharded if SHARDS_BYTES else ())))
 
 
 def test_replicated(two):
@@ -135,6 +145,7 @@ def test_checkpoint_of_four_goes_on_in_two(four, two, folder):
 
 
 def test_adapter_is_gathered_for_its_file(four, folder):
+    assert four["saved"]
     model = decoder(adalora())
     optimizer = adamw(model)
     peftk.adalora_schedule(model, optimizer, compact=False)
@@ -188,6 +199,7 @@ def test_tensor_parallel_adalora():
 
 
 @pytest.mark.full
+@pytest.mark.skipif(not SHARDS_BYTES, reason=WHY_NOT)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_two_and_four_processes_are_one(ranks: int):
     """Every engine but tensor parallelism, in the number of processes that the tests above leave out as well."""
@@ -204,6 +216,7 @@ def test_two_and_four_processes_are_one(ranks: int):
 
 
 @pytest.mark.full
+@pytest.mark.skipif(not SHARDS_BYTES, reason=WHY_NOT)
 def test_more_of_the_same(tmp_path):
     """Constants in fp32, DDP with AdaLoRA, and 8-bit moments through a checkpoint."""
     folder = str(tmp_path / "checkpoint")
