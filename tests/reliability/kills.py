@@ -282,7 +282,8 @@ def kill_often(name: str, kills: int, seed: int, step: Callable[[], object] = in
 
 
 def _compare(killer: Killer, out: Path, expected: object) -> None:
-    if expected is not None and killer.scenario.result(out) != expected:
+    if expected is not None and (got := killer.scenario.result(out)) != expected:
+        print(f"expected {expected}\ngot      {got}", file=sys.stderr)
         raise Broken(f"{killer.name}: the result after kills is not the undisturbed one's")
 
 

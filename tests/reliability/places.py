@@ -1,7 +1,7 @@
 """Folders that can't be written to, each in a process of its own whose mounts nobody else sees, and which go with it.
 
-A full disk is a small tmpfs with a ballast; a read-only one is the same, mounted again. ``why_no_mounts`` says where a process may
-not mount. Limits on the size of files and on memory need nothing.
+A full disk is a small tmpfs with a ballast; a read-only one is the same, mounted again. ``why_no_mounts`` says where a process
+may not mount. Limits on the size of files and on memory need nothing.
 """
 
 from __future__ import annotations
