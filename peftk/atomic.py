@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -110,6 +111,15 @@ def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_unfinished(path: str | os.PathLike) -> None:
+    """What a killed process left beside ``path``; nobody else may be writing there."""
+    path = Path(path).resolve()
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for left in path.parent.iterdir():
+        if name.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _take_place(temporary: Path, path: Path) -> None:

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peftk.atomic import write_file
+from peftk.atomic import remove_unfinished, write_file
 from peftk.checkpoint import ENCODER
 from peftk.cli.errors import UserError
 from peftk.cli.training import Row
@@ -69,6 +69,8 @@ def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
             for name in _OWN_FILES:
                 (folder / name).unlink(missing_ok=True)
         try:
+            for name in (*_OWN_FILES, _UNPUBLISHED):
+                remove_unfinished(folder / name)
             yield
         except OSError as error:
             if is_new and not any(folder.iterdir()):
