@@ -30,7 +30,10 @@ def in_process(work: Callable[..., object], *arguments: object) -> None:
     process = context.Process(target=_told, args=(theirs, work, arguments), daemon=True)
     process.start()
     theirs.close()
-    said = ours.recv() if ours.poll(SECONDS) else f"nothing said in {SECONDS} s"
+    try:
+        said = ours.recv() if ours.poll(SECONDS) else f"nothing said in {SECONDS} s"
+    except EOFError:
+        said = "ended without a word"
     process.kill()
     process.join()
     assert not said, said

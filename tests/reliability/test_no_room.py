@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from tests.reliability import no_room, places  # noqa: E402
 
 COMBINATIONS = [(n, way) for n, way in itertools.product(no_room.WRITERS, no_room.WAYS) if way in no_room.WRITERS[n].ways]
-QUICK = [("save_adapter", way) for way in no_room.WAYS] + [("paged", "file limit"), ("finetune", "full disk")]
+QUICK = [("save_adapter", way) for way in no_room.WAYS[:3]] + [("paged", way) for way in no_room.WAYS[1:]]
 
 
 @pytest.mark.parametrize(("name", "way"), QUICK)
