@@ -71,15 +71,11 @@ def jobs(chosen: Sequence[str] | None = None) -> list[Job]:
 
 
 def covering(every: Sequence[Job]) -> list[Job]:
-    """A sample that holds every source and every launch for sm_80, and each of them for one more target, in turn."""
-    sources = list(dict.fromkeys((job.backend, job.op, job.number) for job in every))
-    sample = []
-    for number, source in enumerate(sources):
-        same = [job for job in every if (job.backend, job.op, job.number) == source]
-        others = [job for job in same if job.target != "sm_80"]
-        sample += [job for job in same if job.target == "sm_80"]
-        sample += [others[number % len(others)]] if others else []
-    return sample
+    """A sample that holds every source and every launch for one target, the targets in turn."""
+    by_source: dict[tuple[str, str, int], list[Job]] = {}
+    for job in every:
+        by_source.setdefault((job.backend, job.op, job.number), []).append(job)
+    return [same[number % len(same)] for number, same in enumerate(by_source.values())]
 
 
 def rows(work: Iterable[Job], table: Sequence[Gate], processes: int = PROCESSES) -> Iterator[list[Row]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from peftk.methods.adapter import AdapterLayer, ModuleToSave, Wrapper, check_adapter_name, swap_modules
 from peftk.methods.biases import TrainedBiases
+from peftk.nn.base import check_module
 from peftk.shards import check_whole
 
 logger = logging.getLogger("peftk")
@@ -55,15 +56,19 @@ def wrappers(model: nn.Module, kind: type = Wrapper) -> Iterator[tuple[str, Any]
     return ((path, module) for path, module in model.named_modules() if isinstance(module, kind))
 
 
+def check_config(config: Any) -> None:
+    """TypeError for what isn't a method's config."""
+    if not callable(getattr(config, "inject", None)):
+        raise TypeError(f"config: expected a method's config, LoraConfig for one, got {type(config).__name__}")
+
+
 def attach(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
     """Put adapters on ``model``, in place; the rest is frozen, and the new adapter is the active one. Returns the model.
 
     ValueError: the name is taken, or the config selects nothing or what can't be adapted; the model is then as before.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not callable(getattr(config, "inject", None)):
-        raise TypeError(f"config: expected a method's config, LoraConfig for one, got {type(config).__name__}")
+    check_module(model)
+    check_config(config)
     check_new_name(model, adapter_name)
     check_whole(model, "model", "attach before it is split")
     state = find_attached(model)
@@ -167,8 +172,7 @@ def take_out(model: nn.Module, gone: list[Wrapper]) -> None:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_module(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -56,6 +56,10 @@ def eva_init(
     is trained already, merged adapters, or no batch; the model is then as before.
     """
     config = _check(model, adapter_name)
+    if not isinstance(max_batches, int) or max_batches < 1:
+        raise ValueError(f"max_batches: expected at least 1, got {max_batches!r}")
+    if not isinstance(dataloader, Iterable):
+        raise TypeError(f"dataloader: expected batches, got {type(dataloader).__name__}")
     training = model.training
     model.eval()
     try:

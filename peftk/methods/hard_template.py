@@ -128,6 +128,8 @@ class Verbalizer:
     def __init__(self, labels: Mapping[str, Sequence[str]] | Sequence[str], tokenizer: Any, score: str = "mean"):
         if score not in SCORES:
             raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+        if isinstance(labels, str) or not isinstance(labels, Mapping | Sequence):
+            raise TypeError(f"labels: expected a list of labels, or a dict of their words, got {labels!r}")
         words = labels if isinstance(labels, Mapping) else {label: [label] for label in labels}
         if len(words) < 2 or not all(words.values()):
             raise ValueError(f"labels: expected at least two, each with words, got {labels!r}")
@@ -185,9 +187,13 @@ def _log_probabilities(
 
 def precision_at_1(scores: torch.Tensor, targets: torch.Tensor) -> float:
     """The share of rows whose highest score, the first of equal ones, is the target's. scores (b, labels), targets (b,) indices.
-    ValueError for other shapes, and for no rows."""
+    ValueError for other shapes, other indices, and for no rows."""
+    if targets.is_floating_point() or targets.is_complex():
+        raise TypeError(f"targets: expected indices, got {targets.dtype}")
     if scores.dim() != 2 or targets.shape != scores.shape[:1] or not len(targets):
         raise ValueError(
             f"targets: expected an index for each row of scores, got {tuple(targets.shape)} for {tuple(scores.shape)}"
         )
+    if not bool(((targets >= 0) & (targets < scores.shape[1])).all()):
+        raise ValueError(f"targets: expected indices below {scores.shape[1]}, got {targets.tolist()!r:.200}")
     return (scores.argmax(1) == targets).float().mean().item()

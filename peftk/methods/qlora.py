@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from peftk.methods.adapter import Wrapper
-from peftk.methods.attach import attach, check_new_name, find_attached, wrappers
+from peftk.methods.attach import attach, check_config, check_new_name, find_attached, wrappers
 from peftk.methods.lora import LoraConfig
 from peftk.methods.lora_init import TAKEN_FROM_W, family
 from peftk.methods.lora_linear import LoraLinear
 from peftk.methods.qlora_recipe import qlora_recipe
 from peftk.methods.targets import TASK_HEADS, output_heads, select_whole, visible_modules
 from peftk.nn import quantizable, quantize_model
+from peftk.nn.base import check_module
 
 
 def qlora(
@@ -42,7 +43,11 @@ def qlora(
     ``gradient_checkpointing`` needs a transformers model (or one with the same two methods); TypeError, before anything is
     changed, without them.
     """
+    check_module(model)
     config = qlora_recipe(model).config if config is None else config
+    check_config(config)
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
     check_new_name(model, adapter_name)
     if gradient_checkpointing:
         _check_checkpointing(model)

@@ -33,7 +33,11 @@ class QloraRecipe:
 
 def qlora_recipe(model: nn.Module | float, **changes: Any) -> QloraRecipe:
     """For a model, or a number of parameters: up to 13B a rate of 2e-4 and dropout 0.1, from 33B 1e-4 and 0.05; beta2 0.999 and
-    clipping at 0.3 for all. Keywords change the adapter's fields. Nothing of the model is changed."""
-    is_large = (report(model).total.elements if isinstance(model, nn.Module) else model) >= _LARGE
+    clipping at 0.3 for all. Keywords change the adapter's fields. Nothing of the model is changed.
+    ValueError where ``model`` is neither."""
+    count = report(model).total.elements if isinstance(model, nn.Module) else model
+    if isinstance(count, bool) or not isinstance(count, (int, float)) or not count > 0:
+        raise ValueError(f"model: expected an nn.Module or a number of parameters, got {model!r}")
+    is_large = count >= _LARGE
     config = qlora_config(**{"lora_dropout": 0.05 if is_large else 0.1, **changes})
     return QloraRecipe(config, {"lr": 1e-4 if is_large else 2e-4, "betas": (0.9, 0.999), "weight_decay": 0.0})

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftk.methods.adapter import Wrapper
 from peftk.nn import NF4Linear
+from peftk.nn.base import check_module
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """Count each parameter once, also where several modules share it; of buffers a quantisation's constants only."""
+    check_module(model)
     parts = {"trainable": Size(), "adapters": Size(), "quantized": Size()}
     dense: dict[str, Size] = {}
     seen: set[int] = set()

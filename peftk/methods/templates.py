@@ -10,6 +10,8 @@ SPECIAL = ("mask", "cls", "sep")
 
 def split_template(template: str) -> list[tuple[str, Any]]:
     """Its pieces, in order: ("v", how many virtual tokens), ("x", None), ("special", one of SPECIAL), ("words", text)."""
+    if not isinstance(template, str):
+        raise TypeError(f"template: expected a text, got {template!r}")
     pieces: list[tuple[str, Any]] = []
     for word in template.split():
         if virtual_ones := re.fullmatch(r"\[v\](?:\*(\d+))?", word):

@@ -10,6 +10,12 @@ from peftk.nn.nf4_linear import NF4Linear
 BASE_LAYERS = (DenseLinear, DenseConv1D, NF4Linear)
 
 
+def check_module(module: object, argument: str = "model") -> None:
+    """TypeError for what isn't an nn.Module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{argument}: expected an nn.Module, got {type(module).__name__}")
+
+
 def is_adaptable(module: nn.Module) -> bool:
     """Whether ``base_layer`` takes this module. Subclasses of nn.Linear that are not ours are left alone: others read their
     weight behind forward's back (the output projection of nn.MultiheadAttention, for one)."""

@@ -26,8 +26,8 @@ FEW_ROWS = 16
 def _linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """torch's, the way that passes over W fastest.
 
-    A few rows in bf16 on a CPU without gradients: (W x^T)^T. 49152 x 576, two threads of a Xeon with AMX, out of memory: 1.5 ms for one
-    row where x W^T takes 4.3, and 1.7 to 2.3 for 2 to 16 rows where it takes 3.9 to 4.5 (torch 2.13).
+    A few rows in bf16 on a CPU without gradients: (W x^T)^T. 49152 x 576, two threads of a Xeon with AMX, from memory: 1.5 ms for
+    one row where x W^T takes 4.3, and 1.7 to 2.3 for 2 to 16 rows where it takes 3.9 to 4.5 (torch 2.13).
     Strides of x that don't fold, as those of hidden[:, -1:] don't: on rows, since torch's batched product would copy W for each
     entry of the batch (SmolLM2's head in bf16: 165 ms, in the place of 9)."""
     sizes, strides = x.shape, x.stride()
@@ -156,7 +156,9 @@ class DenseLinear(Dense, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> DenseLinear:
-        """Shares the linear layer's parameters: nothing is copied."""
+        """Shares the linear layer's parameters: nothing is copied. TypeError for another layer."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
@@ -182,13 +184,17 @@ class DenseConv1D(Dense, nn.Module):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
         super().__init__()
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (k, n), got {tuple(weight.shape)}")
         self.weight, self.bias = weight, bias
         self.in_features, self.out_features = weight.shape
         self.nf, self.nx = self.out_features, self.in_features
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module) -> DenseConv1D:
-        """Shares the layer's parameters: nothing is copied."""
+        """Shares the layer's parameters: nothing is copied. TypeError for another layer, whose weight may lie the other way."""
+        if not is_conv1d(conv1d):
+            raise TypeError(f"conv1d: expected transformers' Conv1D, got {type(conv1d).__name__}")
         return cls(conv1d.weight, conv1d.bias).train(conv1d.training)
 
     def _rows(self) -> torch.Tensor:

@@ -27,6 +27,8 @@ def use_int8_activations(enabled: bool = True) -> Iterator[None]:
     fullgraph=True): set the layers' attribute instead, which compiles.
     """
     global _open
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected a bool, got {enabled!r}")
     token = _override.set(enabled)
     with _lock:
         _open += 1

@@ -20,6 +20,12 @@ BEFORE = "change weights before they are split"
 _CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 
 
+def check_compute_dtype(dtype: torch.dtype | None) -> None:
+    """TypeError for what is neither None nor a floating-point dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"compute_dtype: expected a floating-point dtype or None, got {dtype!r}")
+
+
 class NF4Linear(nn.Linear):
     """y = x W^T + bias with W (out_features, in_features) in 4 bits; x fp32|bf16|fp16, y in x.dtype.
 
@@ -47,6 +53,10 @@ class NF4Linear(nn.Linear):
         dtype: torch.dtype | None = None,
         int8_activations: bool = False,
     ):
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        check_compute_dtype(compute_dtype)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.int8_activations = "nf4", int8_activations
         self.block_size, self.double_quant, self.compute_dtype = block_size, double_quant, compute_dtype
@@ -67,6 +77,7 @@ class NF4Linear(nn.Linear):
         if not is_conv1d(linear) and (not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear)):
             raise TypeError(f"linear: expected nn.Linear or Conv1D with a dense weight, got {type(linear).__name__}")
         check_whole(linear, "linear", BEFORE)
+        check_compute_dtype(compute_dtype)
         weight = linear.weight.detach()
         if is_conv1d(linear):
             weight = weight.T

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peftk.nn.base import check_module
 from peftk.nn.dense_linear import is_conv1d
 from peftk.nn.experts import Experts, has_other_experts, is_experts
 from peftk.nn.nf4_linear import NF4Linear
@@ -36,12 +37,11 @@ def quantize_model(
     that are split among processes. TypeError for a model that is itself a linear layer or experts, and for a ``skip`` that is one
     string.
     """
+    _check(model, skip)
     if _is_dense(model):
         raise TypeError("model: expected a module that holds linear layers, got a linear layer; use NF4Linear.from_linear")
     if is_experts(model):
         raise TypeError("model: expected a module that holds linear layers, got fused experts; use peftk.nn.Experts")
-    if isinstance(skip, str):
-        raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
     shared = _shared_weights(model)
     places = _Places(model, skip)
     for paths in places.found:
@@ -66,9 +66,16 @@ def quantize_model(
 
 def quantizable(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> set[str]:
     """Paths of the linear layers that ``quantize_model`` would replace: each one's every path."""
+    _check(model, skip)
     shared = _shared_weights(model)
     found = ((paths, model.get_submodule(paths[0])) for paths in _Places(model, skip).found)
     return {path for paths, module in found if _is_dense(module) and id(module.weight) not in shared for path in paths}
+
+
+def _check(model: nn.Module, skip: Sequence[str]) -> None:
+    check_module(model)
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
 
 
 def _put(model: nn.Module, paths: list[str], layer: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from peftk.nn.base import check_module
 from peftk.nn.nf4_linear import NF4Linear
 
 
@@ -15,6 +16,7 @@ def constants_as_parameters(model: nn.Module) -> nn.Module:
     64. They are uint8 and frozen: no mixed-precision policy casts them. What stays whole with it is absmax_scale, 1/2048. The
     layers' state dicts have an entry a tensor from then on (nn/sharded_state.py), which torch.distributed.checkpoint can reshard.
     """
+    check_module(model)
     for module in model.modules():
         if isinstance(module, NF4Linear):
             module.hold_absmax_as_parameter()

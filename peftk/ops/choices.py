@@ -126,8 +126,10 @@ def explain(
     if device not in DEVICES:
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
     for name, size in (("m", m), ("n", n), ("k", k), ("r", r)):
-        if size < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {size!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
     shapes = Shapes(m, n, k, r, dtype, block_size)
     with dispatch.meta_stands_for(device):
         function, *arguments = CALLS[op](shapes)

@@ -38,7 +38,10 @@ class Pager:
     ) -> None:
         if budget is not None and (not isinstance(budget, int) or budget <= 0):
             raise ValueError(f"budget={budget!r}: expected a positive number of bytes, or None")
-        self.device, self.budget = torch.device(device), budget
+        try:
+            self.device, self.budget = torch.device(device), budget
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r}: expected cpu or a CUDA device") from error
         self._store = store or _store_for(self.device, budget, folder, allow_tmpfs)
         self._lock = threading.RLock()
         self._process, self._closed = os.getpid(), False
@@ -53,6 +56,8 @@ class Pager:
         doesn't fail for it.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if any(not isinstance(size, int) or size < 0 for size in shape):
+            raise ValueError(f"shape: expected sizes from 0 on, got {shape}")
         with self._usable():
             return self._store.empty(shape, dtype) if 0 not in shape else torch.zeros(shape, dtype=dtype, device=self.device)
 
@@ -140,7 +145,8 @@ def resident(
     for pager in list(_pagers):
         if tensors and tensors[0] in pager:
             return pager.resident(tensors, upcoming)
-    raise ValueError("tensors: expected at least one tensor, made by peftk.paging.empty or a Pager")
+    got = f"one of shape {tuple(tensors[0].shape)} that none made" if tensors else "none"
+    raise ValueError(f"tensors: expected at least one tensor, made by peftk.paging.empty or a Pager, got {got}")
 
 
 def stats() -> Stats:

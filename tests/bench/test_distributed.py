@@ -80,5 +80,5 @@ def test_real_processes():
 
 @pytest.mark.full
 def test_a_process_that_fails_says_why():
-    with pytest.raises(bench.Failed, match="KeyError|ValueError|RuntimeError"):
+    with pytest.raises(bench.Failed, match="^[A-Za-z]*Error: "):
         bench.processes("nobody", "nothing", 1, 64)

@@ -9,31 +9,31 @@ from torch.utils.checkpoint import checkpoint
 
 import peftk
 
-WIDTH, WIDE, HEADS, TOKENS = 64, 128, 4, 64  # all divisible by 4 processes
+HEADS, TOKENS = 4, 64  # divisible by 4 processes
 ROWS = 8
 
 
 class Block(nn.Module):
-    def __init__(self, bias: bool):
+    def __init__(self, width: int, bias: bool):
         super().__init__()
-        self.norm, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(4))
-        self.up, self.down = nn.Linear(WIDTH, WIDE, bias=bias), nn.Linear(WIDE, WIDTH, bias=bias)
+        self.norm, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=bias) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width, bias=bias), nn.Linear(2 * width, width, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        q, k, v = (f(h).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(h).unflatten(-1, (-1, x.shape[-1] // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(attended.transpose(1, 2).flatten(2))
         return x + self.down(functional.silu(self.up(self.norm2(x))))
 
 
 class Decoder(nn.Module):
-    def __init__(self, blocks: int = 1, bias: bool = False):
+    def __init__(self, blocks: int = 1, bias: bool = False, width: int = 64):
         super().__init__()
-        self.embed = nn.Embedding(TOKENS, WIDTH)
-        self.blocks = nn.ModuleList([Block(bias) for _ in range(blocks)])
-        self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, TOKENS, bias=False)
+        self.embed = nn.Embedding(TOKENS, width)
+        self.blocks = nn.ModuleList([Block(width, bias) for _ in range(blocks)])
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, TOKENS, bias=False)
         self.checkpointing = False
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -161,6 +161,7 @@ def test_copies_and_memory(tmp_path: Path):
         ({"block_size": 100}, "block_size: expected one of"),
         ({"double_quant": 1}, "double_quant: expected a bool, got 1"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert: expected a list of names or None, got 'lm_head'"),
+        ({"modules_to_not_convert": 4}, "modules_to_not_convert: expected a list of names or None, got 4"),
         ({"compute_dtype": torch.int8}, "compute_dtype: expected one of torch.float32, "),
         ({"compute_dtype": "bf16"}, "compute_dtype: expected one of torch.float32, .* got 'bf16'"),
         ({"quant_type": "int4"}, "quant_type: expected one of"),

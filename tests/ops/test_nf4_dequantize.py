@@ -157,7 +157,7 @@ def test_bad_arguments_are_named():
         nf4_dequantize(packed, absmax, None, None, (4, 64))
     with pytest.raises(ValueError, match="absmax: expected 4 values"):
         nf4_dequantize(packed, absmax[:3], scale, offset, (4, 64))
-    with pytest.raises(ValueError, match="absmax_offset: expected together with absmax_scale"):
+    with pytest.raises(ValueError, match="absmax_scale, absmax_offset: expected both or neither, got absmax_scale and None"):
         nf4_dequantize(packed, absmax, scale, None, (4, 64))
     with pytest.raises(TypeError, match="packed: expected uint8, got torch.int8"):
         nf4_dequantize(packed.to(torch.int8), absmax, scale, offset, (4, 64))

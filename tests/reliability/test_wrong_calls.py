@@ -1,9 +1,10 @@
 """Wrong input to public functions: a ValueError or TypeError that names the argument and what came. Which names have wrong calls
-here is held against what the package exports; NOT_YET lists the names that have none."""
+here is held against what the package exports."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from tiny_models import Net, net
 
 import peftk
-from peftk import nn, ops, optim, paging
+from peftk import ops, optim
+from tests.reliability import wrong_rooms
 
 Wrong = tuple[Callable[[], Any], str, str]  # the call, the argument's name, what of it the message repeats
 
@@ -270,21 +272,15 @@ MODELS: dict[str, list[Wrong]] = {
         (lambda: peftk.adalora_schedule(adapted(), torch.optim.SGD(adapted().parameters(), 0.1)), "adapter_name", "'default'"),
     ],
 }
-# What has no wrong calls here; tests of their own rooms have some.
-NOT_YET = {
-    "peftk": {
-        "HardTemplate", "Verbalizer", "eva_init", "lora_plus_groups", "precision_at_1", "prompt_ensemble", "qlora",
-        "qlora_config", "qlora_recipe", "report", "use_int8_activations",
-    },
-    "ops": {"explain", "nf4_dequantize"},
-    "optim": {"to_bitsandbytes", "to_torch"},
-    "nn": set(nn.__all__) - {"quantize_model"},
-    "paging": {"Pager", "Stats", "resident", "stats"},
-}  # fmt: skip
-PAGING: dict[str, list[Wrong]] = {
-    "empty": [(lambda: paging.empty((4,), torch.float32, "meta"), "device", "meta")],
+TABLES = {
+    "ops": OPS | wrong_rooms.OPS,
+    "optim": OPTIM | wrong_rooms.OPTIM,
+    "peftk": MODELS | wrong_rooms.RECIPES,
+    "paging": wrong_rooms.PAGING,
+    "nn": wrong_rooms.NN | {"quantize_model": MODELS["quantize_model"]},
 }
-TABLES = {"ops": OPS, "optim": OPTIM, "peftk": MODELS, "paging": PAGING, "nn": {"quantize_model": MODELS["quantize_model"]}}
+# Predicates, which say no; what takes no argument, or is only ever returned.
+NOTHING_WRONG = {"nn": {"is_adaptable", "is_experts"}, "paging": {"Stats", "stats"}}
 CALLS = [
     pytest.param(*wrong, id=f"{room}.{name}-{i}")
     for room, table in TABLES.items()
@@ -299,8 +295,6 @@ def test_the_error_names_the_argument_and_what_came(call, argument, came, tmp_pa
     with pytest.raises((ValueError, TypeError, FileNotFoundError)) as found:
         call()
     message = str(found.value)
-    import re
-
     assert re.search(rf"(?:^|\W)(?:{argument})(?:\W|$)", message), message
     assert re.search(came, message), message
     assert not list(tmp_path.iterdir())  # nothing half-written
@@ -311,5 +305,5 @@ def test_every_public_name_has_wrong_calls_or_is_listed(room):
     module = peftk if room == "peftk" else getattr(peftk, room)
     modules = {"ops", "optim", "nn", "info", "__version__"} if room == "peftk" else set()  # info takes no argument
     names = set(module.__all__) - modules
-    assert set(TABLES[room]) | NOT_YET.get(room, set()) == names
-    assert not set(TABLES[room]) & NOT_YET.get(room, set())
+    assert set(TABLES[room]) | NOTHING_WRONG.get(room, set()) == names
+    assert not set(TABLES[room]) & NOTHING_WRONG.get(room, set())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from peftk.atomic import write_file
@@ -23,7 +24,7 @@ def from_bitsandbytes(
     around the same bytes; bitsandbytes need not be installed. transformers itself takes no other config for such a folder.
 
     ``folder``: as for from_pretrained; ``auto_class``: AutoModelForCausalLM if None, or any class with ``from_pretrained``, which
-    gets ``kwargs``. ValueError where the folder isn't quantised so.
+    gets ``kwargs``. ValueError where the folder isn't quantised so, or a file in it is damaged.
     """
     auto_class = transformers.AutoModelForCausalLM if auto_class is None else auto_class
     names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code", "code_revision")
@@ -33,7 +34,12 @@ def from_bitsandbytes(
     stored = getattr(config, "quantization_config", None)
     config.quantization_config = _as_ours(stored, compute_dtype, str(folder)).to_dict()
     _check_storage(stored, kwargs.get("dtype", kwargs.get("torch_dtype")))
-    return auto_class.from_pretrained(folder, config=config, **kwargs)
+    try:
+        return auto_class.from_pretrained(folder, config=config, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"folder: expected readable safetensors files in {folder}: {error}") from error
+    except TypeError as error:  # transformers takes a config's values as they are
+        raise ValueError(f"folder: {folder} with these arguments makes no model: {type(error).__name__}: {error}") from error
 
 
 def save_as_bitsandbytes(model: nn.Module, folder: str | os.PathLike, **kwargs: Any) -> None:
@@ -70,9 +76,14 @@ def _as_ours(stored: Any, compute_dtype: torch.dtype | str | None, folder: str) 
     if facts is None or not facts.get("load_in_4bit"):
         kind = None if facts is None else facts.get("quant_method")
         raise ValueError(f"folder: expected one with bitsandbytes' 4-bit weights, got {folder}, quantised by {kind}")
+    skipped = facts.get("llm_int8_skip_modules")
+    try:
+        NF4Config(modules_to_not_convert=skipped)
+    except TypeError as error:
+        raise ValueError(f"folder: {folder}: config.json: llm_int8_skip_modules: {error}") from error
     return NF4Config(
         double_quant=bool(facts.get("bnb_4bit_use_double_quant", False)),
-        modules_to_not_convert=facts.get("llm_int8_skip_modules"),
+        modules_to_not_convert=skipped,
         compute_dtype=compute_dtype,
         quant_type=facts.get("bnb_4bit_quant_type", "fp4"),
     )

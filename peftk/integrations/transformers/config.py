@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class NF4Config(QuantizationConfigMixin):
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
         names = modules_to_not_convert
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+        if names is not None and not _are_names(names):
             raise TypeError(f"modules_to_not_convert: expected a list of names or None, got {names!r}")
         self.quant_method = METHOD
         self.block_size, self.double_quant, self.quant_type = block_size, double_quant, quant_type
@@ -54,6 +54,10 @@ class NF4Config(QuantizationConfigMixin):
         """What ``config.json`` holds."""
         dtype = self.compute_dtype
         return vars(self) | {"compute_dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+
+
+def _are_names(names: object) -> bool:
+    return isinstance(names, Iterable) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

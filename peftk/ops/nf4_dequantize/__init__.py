@@ -43,6 +43,10 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """packed ceil(numel / 2) bytes, absmax (blocks,) fp32, or uint8 with absmax_scale (ceil(blocks / 256),) fp32 and
     absmax_offset () fp32 -> (shape) dtype, written to ``out`` if given. TypeError or ValueError names what doesn't fit."""
+    if any(not isinstance(size, int) or size < 0 for size in shape):
+        raise ValueError(f"shape: expected sizes from 0 on, got {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
     check_constants(packed, absmax, absmax_scale, absmax_offset, math.prod(shape), block_size, quant_type)
     arguments = (packed, absmax, absmax_scale, absmax_offset, shape, block_size, quant_type)
     if out is None:
@@ -75,10 +79,18 @@ def check_constants(
     for name, part in (("packed", packed), ("absmax", absmax), ("absmax_scale", absmax_scale)):
         if part is not None and not part.is_contiguous():
             raise ValueError(f"{at}{name}: expected a contiguous tensor, got strides {part.stride()}")
+    if block_size < 1:
+        raise ValueError(f"{at}block_size: expected at least 1, got {block_size}")
     blocks = -(-count // block_size)
     nested = absmax_scale is not None
     if nested != (absmax_offset is not None):
-        raise ValueError(f"{at}absmax_offset: expected together with absmax_scale, got one without the other")
+        there = "absmax_scale" if nested else "absmax_offset"
+        raise ValueError(f"{at}absmax_scale, absmax_offset: expected both or neither, got {there} and None")
+    for name, part in (("absmax", absmax), ("absmax_scale", absmax_scale), ("absmax_offset", absmax_offset)):
+        if part is not None and part.device != packed.device:
+            raise ValueError(f"{at}{name}: expected on packed's {packed.device}, got {part.device}")
+    if nested and (absmax_offset.dtype != torch.float32 or absmax_offset.numel() != 1):
+        raise ValueError(f"{at}absmax_offset: expected one fp32 value, got {absmax_offset.numel()} {absmax_offset.dtype}")
     wanted = torch.uint8 if nested else torch.float32
     if absmax.dtype != wanted:
         raise TypeError(f"{at}absmax: expected {wanted} {'with' if nested else 'without'} absmax_scale, got {absmax.dtype}")
