@@ -19,7 +19,7 @@ def test_a_leak_is_told(monkeypatch):
     kept, step = [], soak.nn.functional.cross_entropy
 
     def leaking(*arguments: torch.Tensor) -> torch.Tensor:
-        kept.append(torch.zeros(2048))
+        kept.append(torch.ones(8192))
         return step(*arguments)
 
     monkeypatch.setattr(soak.nn.functional, "cross_entropy", leaking)
