@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -14,21 +15,34 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Replace ``path`` by ``content``; a reader sees the old bytes or the new ones. A link stays one."""
+    """Replace ``path`` by ``content``; a reader sees the old bytes or the new ones. A link stays one. OSError names ``path``."""
     path = Path(path).resolve()
     temporary = _beside(path)
+    with _named(path, temporary):
+        file = open(temporary, "xb")
+        try:
+            with file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                shutil.copymode(path, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """Inside the ``with`` the system's errors name ``path`` where they named nothing, or what was to become it."""
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None and not str(error.filename).startswith(str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path) + str(error.filename or "").removeprefix(str(temporary))) from error
 
 
 @contextlib.contextmanager
@@ -36,21 +50,22 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the ``with`` ends without an error.
 
     An existing folder is replaced whole, in one step where the system can, so that a reader finds the old one or the new one at
-    any time. With an error nothing changes. NotADirectoryError where ``path`` is a file; OSError where the folder can't be
-    renamed (a mount point), which then says where the finished files lie.
+    any time. With an error nothing changes, and the system's errors name ``path``. NotADirectoryError where ``path`` is a file;
+    OSError where the folder can't be renamed (a mount point), which then says where the finished files lie.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder or nothing, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _sync_all(temporary)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
+    with _named(path, temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_all(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # what went wrong is the error, not what can't be removed
+            raise
     _publish(temporary, path)
 
 
@@ -96,6 +111,15 @@ def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_unfinished(path: str | os.PathLike) -> None:
+    """What a killed process left beside ``path``; nobody else may be writing there."""
+    path = Path(path).resolve()
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for left in path.parent.iterdir():
+        if name.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _take_place(temporary: Path, path: Path) -> None:

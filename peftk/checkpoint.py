@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from peftk.atomic import carry_over, write_folder
-from peftk.files import read_json, read_tensors, read_torch
+from peftk.files import read_json, read_tensors, read_torch, write_tensors
 from peftk.methods.adalora import AdaLoraConfig
 from peftk.methods.adapter import AdapterLayer, Beside
 from peftk.methods.attach import attach, attached, check_new_name, delete_adapter, find_attached, set_adapter, wrappers
@@ -44,7 +43,8 @@ _TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Write one adapter to ``folder``, which appears whole: an adapter that it holds is replaced at once, config and tensors
-    together, and other files stay. Returns the folder. ValueError for an unknown adapter.
+    together, and other files stay. Returns the folder. ValueError for an unknown adapter; OSError names what can't be written,
+    and then the folder is as it was.
 
     Where tensors are split among processes, every process must call this; they are gathered, and the first process writes.
 
@@ -74,7 +74,7 @@ def _write(folder: Path, contents: dict[str, dict[str, torch.Tensor]], config: A
         for name, content in contents.items():
             if content or name == TENSORS:
                 content = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in content.items()}
-                save_file(content, new / name, metadata={"format": "pt"})
+                write_tensors(new / name, content)
                 (new / name).chmod(new.stat().st_mode & 0o666)
         (new / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 

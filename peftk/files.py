@@ -1,17 +1,20 @@
 """Files that somebody else may have written: nothing in them is run, no more memory is taken than they hold, and one that can't
-be read is a ValueError that names it."""
+be read is a ValueError that names it. What is written is written by torch and safetensors, whose errors of the disk become an
+OSError that names the file."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -50,6 +53,29 @@ def read_torch(path: str | os.PathLike) -> Any:
         raise ValueError(
             f"{path}: expected a file of torch.save with tensors and plain values, got {type(error).__name__}: {told}"
         ) from error
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file of these."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+
+
+def write_torch(path: str | os.PathLike, value: Any) -> None:
+    """torch.save's file of tensors, plain values and containers of them."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # of the archive that isn't whole, while the disk's is being handled
+        if not isinstance(cause := error.__context__, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, os.fspath(path)) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from peftk.atomic import write_file, write_folder
+from peftk.atomic import remove_unfinished, write_file, write_folder
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -67,3 +67,11 @@ for i in range(100000):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert (tmp_path / "d" / "a").read_text() == (tmp_path / "d" / "b").read_text() != ""
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".a.json.0123abcd.tmp", ".a.json.other.tmp", ".b.json.0123abcd.tmp", "a.json"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".a.json.89abcdef.tmp").mkdir()
+    remove_unfinished(tmp_path / "a.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.json.other.tmp", ".b.json.0123abcd.tmp", "a.json"]

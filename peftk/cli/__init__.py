@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from peftk.cli import bench, finetune, generate, info, memory, merge, quantize
 from peftk.cli.errors import UserError
 
@@ -41,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 or what the command returns (peftk memory: 1 where a card is too small), 2
-    where the user's input is at fault, 130 after Ctrl-C and 143 after SIGTERM. Errors of the program itself are raised."""
+    where the user's input is at fault or memory runs out, 130 after Ctrl-C and 143 after SIGTERM. Errors of the program itself
+    are raised."""
     program = parser()
     arguments, rest = program.parse_known_args(argv)
     if hasattr(arguments, "rest"):
@@ -60,8 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"peftk {arguments.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        told = str(error).partition("\n")[0] or type(error).__name__
+        print(f"peftk {arguments.command}: error: out of memory ({told}): peftk memory tells what a run takes", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt as interrupt:
         told = " ".join(["interrupted", *map(str, interrupt.args[:1])])
         print(f"\npeftk {arguments.command}: {told}", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return status or 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

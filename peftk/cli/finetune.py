@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.check_folder(out, arguments.resume, arguments.overwrite)
     before = output.read_run(out) if arguments.resume else None
     if before is not None and "summary" in before:
+        shutil.rmtree(out / output.CHECKPOINTS, ignore_errors=True)  # of a run killed before it did so
         print(f"{out}: this run is finished already")
         return
     if arguments.threads:

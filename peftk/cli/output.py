@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peftk.atomic import write_file
+from peftk.atomic import remove_unfinished, write_file
 from peftk.checkpoint import ENCODER
 from peftk.cli.errors import UserError
 from peftk.cli.training import Row
@@ -56,7 +56,8 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 @contextlib.contextmanager
 def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
     """Make the folder, and be its only run inside the ``with``; ``overwrite`` removes an earlier run's files and nothing else.
-    UserError where it can't be made, or another run is at work there."""
+    UserError where it can't be made or written to, or another run is at work there."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,7 +68,15 @@ def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
                 shutil.rmtree(folder / name, ignore_errors=True)
             for name in _OWN_FILES:
                 (folder / name).unlink(missing_ok=True)
-        yield
+        try:
+            for name in (*_OWN_FILES, _UNPUBLISHED):
+                remove_unfinished(folder / name)
+            yield
+        except OSError as error:
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
+                raise UserError(f"--out {folder}: {error}; nothing is there") from error
+            raise UserError(f"--out {folder}: {error}; --resume goes on from the last checkpoint") from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from peftk.atomic import write_folder
 from peftk.cli.errors import UserError
 from peftk.cli.output import CHECKPOINTS
 from peftk.cli.training import Progress, Row
-from peftk.files import read_torch
+from peftk.files import read_torch, write_torch
 from peftk.optim.layouts import from_any
 from peftk.optim.moments import AVERAGE, SQUARE
 
@@ -33,7 +33,8 @@ def save_checkpoint(
     folder.parent.mkdir(exist_ok=True)
     with write_folder(folder) as unfinished:
         peftk.save_adapter(model, unfinished / ADAPTER)
-        torch.save(
+        write_torch(
+            unfinished / STATE,
             {
                 "optimizer": optimizer.state_dict(),
                 "schedule": None if schedule is None else schedule.state_dict(),
@@ -44,7 +45,6 @@ def save_checkpoint(
                 "seconds": progress.seconds,
                 "rows": [vars(row) for row in progress.rows],
             },
-            unfinished / STATE,
         )
     for other in folder.parent.iterdir():
         if other != folder:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import peftk
-from peftk.files import read_torch
+from peftk.files import read_torch, write_torch
 from peftk.methods.adalora_state import adalora_state, restore_adalora
 from peftk.methods.attach import attached, find_attached, wrappers
 
@@ -77,7 +77,7 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike, state_file: str 
             logger.warning("%s has no adapter_model.safetensors, and training goes on: %s", folder, error)
     if state_file is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(adapter_state(model), Path(folder) / state_file)
+        write_torch(Path(folder) / state_file, adapter_state(model))
 
 
 def read_state(model: nn.Module, path: str | os.PathLike) -> None:

@@ -4,7 +4,8 @@
     python -m tests.reliability.kills --kills 20 --only save
 
 Each scenario first runs undisturbed. Then it is started and killed after a random share of that time, what it left is checked,
-and it goes on, and is killed again; whenever it comes to its end, the result must be the undisturbed one's, byte for byte.
+and it goes on, and is killed again; whenever it comes to its end, the result must be the undisturbed one's, byte for byte, and it
+starts anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from peftk.cli.resume import latest_checkpoint
 from tests.cli.conftest import sentences, small_llama, small_tokenizer
 
 PRELOAD = "tests.reliability.kills"
+PAGED_BUDGET = 128 << 10  # bytes, a quarter of the moments
 LIMIT = 600  # seconds for a run that nobody kills
 
 
@@ -141,18 +143,18 @@ def whole(out: Path) -> object:
 
 
 def run_paged(inputs: Path, out: Path) -> None:
-    """A loop of one's own with a paged 8-bit AdamW, its state saved whole every second step."""
+    """A loop of one's own with a paged 8-bit AdamW, most of it in the page file, its state saved whole every second step."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.ReLU(), torch.nn.Linear(128, 96))
-    optimizer = peftk.optim.PagedAdamW8bit(model.parameters(), lr=1e-3)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256))
+    optimizer = peftk.optim.PagedAdamW8bit(model.parameters(), lr=1e-3, budget=PAGED_BUDGET, min_8bit_size=256)
     step = 0
     if out.exists():
         state = torch.load(out / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    while step < 60:
-        x = torch.randn(8, 96, generator=torch.Generator().manual_seed(step))
+    while step < 40:
+        x = torch.randn(8, 256, generator=torch.Generator().manual_seed(step))
         (model(x) - x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,6 +163,9 @@ def run_paged(inputs: Path, out: Path) -> None:
             with write_folder(out) as unfinished:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 torch.save(state, unfinished / "state.pt")
+
+    if not peftk.paging.stats().bytes_out:
+        raise Broken("nothing was paged out")
 
 
 def check_paged(out: Path) -> None:
@@ -173,7 +178,8 @@ def check_paged(out: Path) -> None:
 
 def paged(out: Path) -> object:
     state = torch.load(out / "state.pt", weights_only=True)
-    return {name: tensor.numpy().tobytes() for name, tensor in state["model"].items()}
+    moments = {f"{at} {name}": value for at, kept in state["optimizer"]["state"].items() for name, value in kept.items()}
+    return {name: t.numpy().tobytes() if isinstance(t, torch.Tensor) else t for name, t in (state["model"] | moments).items()}
 
 
 SCENARIOS = {
@@ -211,6 +217,9 @@ class Killer:
         self.context.set_forkserver_preload([PRELOAD])
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
+        first = self.context.Process(target=int)  # waits for the server, whose imports are no part of a run
+        first.start()
+        first.join()
 
     def start(self, out: Path, after: float | None) -> bool:
         """Run for so many seconds; whether it came to its end. Broken where it failed by itself, or left what can't be used."""
@@ -232,10 +241,21 @@ class Killer:
         return said == "done"
 
 
-def kill_often(name: str, kills: int, seed: int, step: Callable[[], object] = int) -> int:
-    """How often the work came to its end among ``kills`` kills, and once more after them. Broken where anything is wrong."""
-    dice = random.Random(f"{name} {seed}")
-    ends = 0
+@dataclass
+class Killed:
+    """When each kill came, as a share of the undisturbed run's time, and how often the work came to its end."""
+
+    shares: list[float] = field(default_factory=list)
+    ends: int = 0
+
+    def told(self) -> str:
+        first, *_, last = sorted(self.shares)
+        return f"{len(self.shares)} kills at {first:.0%} to {last:.0%} of a run, {self.ends} times to the end"
+
+
+def kill_often(name: str, kills: int, seed: int, step: Callable[[], object] = int) -> Killed:
+    """``kills`` kills, and the work to its end after them. Broken where anything is wrong."""
+    dice, killed = random.Random(f"{name} {seed}"), Killed()
     with tempfile.TemporaryDirectory() as folder:
         inputs, out = Path(folder) / "inputs", Path(folder) / "work" / "out"
         inputs.mkdir()
@@ -246,22 +266,24 @@ def kill_often(name: str, kills: int, seed: int, step: Callable[[], object] = in
         killer.start(whole, None)
         usual = time.perf_counter() - start
         expected = killer.scenario.result and killer.scenario.result(whole)
-        done = 0
-        while done < kills:
-            if killer.start(out, dice.uniform(0, usual)):
-                ends += 1
+        while len(killed.shares) < kills:
+            moment = dice.uniform(0, usual)
+            if killer.start(out, moment):
+                killed.ends += 1
                 _compare(killer, out, expected)
                 shutil.rmtree(out.parent)
             else:
-                done += 1
+                killed.shares.append(moment / usual)
                 step()
         killer.start(out, None)
         _compare(killer, out, expected)
-    return ends + 1
+    killed.ends += 1
+    return killed
 
 
 def _compare(killer: Killer, out: Path, expected: object) -> None:
-    if expected is not None and killer.scenario.result(out) != expected:
+    if expected is not None and (got := killer.scenario.result(out)) != expected:
+        print(f"expected {expected}\ngot      {got}", file=sys.stderr)
         raise Broken(f"{killer.name}: the result after kills is not the undisturbed one's")
 
 
@@ -281,8 +303,7 @@ def main() -> int:
             bar.set_description(name)
             start = time.perf_counter()
             try:
-                ends = kill_often(name, share, arguments.seed, lambda: bar.update())
-                told, fine = f"{share} kills, {ends} times to the end", True
+                told, fine = kill_often(name, share, arguments.seed, lambda: bar.update()).told(), True
             except Broken as error:
                 told, fine = str(error), False
             held = held and fine

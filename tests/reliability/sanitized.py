@@ -3,7 +3,8 @@
     python -m tests.reliability.sanitized address,undefined      every op's test body on every CPU tier
     python -m tests.reliability.sanitized thread                 the same ops by many threads at once; threads are std::thread's
 
-Builds a copy of the tree, so that nothing here changes; the result becomes a row of long_runs.csv.
+Builds a copy of the tree, so that nothing here changes; the result becomes a row of long_runs.csv. ``--tiers avx2`` builds and
+tests fewer of the tiers, which the row then says; scalar is always among them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +34,10 @@ THREADS = ("tests/reliability/test_forks_and_threads.py", "-k", "threads")
 REPORT = re.compile(r"^.*(?:ERROR: AddressSanitizer|WARNING: ThreadSanitizer|runtime error).*$", re.MULTILINE)
 
 
-def build(sanitizers: str, tree: Path) -> None:
+def build(sanitizers: str, tree: Path, tiers: Sequence[str] = ()) -> None:
     """A copy of the tree with a native module of its own. CalledProcessError where it doesn't build."""
     shutil.copytree(ROOT, tree, ignore=LEFT_BEHIND, symlinks=True)
-    options = f"-DPEFTK_CUDA=OFF -DPEFTK_SANITIZE={sanitizers}"
+    options = f"-DPEFTK_CUDA=OFF -DPEFTK_SANITIZE={sanitizers}" + (f" -DPEFTK_TIERS={';'.join(tiers)}" if tiers else "")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=tree, check=True, env={**os.environ, "PEFTK_CMAKE_ARGS": options})
     if (said := (tree / "peftk/_native_build.txt").read_text()) != "built":
@@ -67,15 +69,17 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sanitizers", choices=("address,undefined", "thread"))
+    parser.add_argument("--tiers", nargs="+", default=[], help="all by default")
     parser.add_argument("tests", nargs="*", help="pytest's arguments in the place of the usual ones")
     arguments = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        build(arguments.sanitizers, tree)
+        build(arguments.sanitizers, tree, arguments.tiers)
         usual = THREADS if arguments.sanitizers == "thread" else OPS
         told, held = run(arguments.sanitizers, tuple(arguments.tests) or usual, tree)
-    record("sanitizers", arguments.sanitizers, told, held, time.perf_counter() - start)
+    what = arguments.sanitizers + (f" (scalar, {', '.join(arguments.tiers)})" if arguments.tiers else "")
+    record("sanitizers", what, told, held, time.perf_counter() - start)
     return 0 if held else 1
 
 

@@ -9,12 +9,27 @@ import peftk
 
 pytest.importorskip("transformers")
 
-from tests.reliability import kills  # noqa: E402
+from tests.reliability import kills, no_room  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["finetune", "save", "quantize", "merge", "paged"])
 def test_killed_at_random(name):
     kills.kill_often(name, 2, seed=1)
+
+
+def test_what_a_kill_left_is_cleared(tmp_path):
+    """Of a file under way, and of a run that had only its checkpoints to remove."""
+    kills.make_inputs(tmp_path)
+    out, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoints" / "step-000006"
+    no_room.stopped_run(tmp_path, out)
+    (out / ".run.json.0123abcd.tmp").write_text("{")
+    (out / ".adapter.saved.0123abcd.tmp").mkdir()
+    no_room.finetune(tmp_path, out)
+    finished = sorted(path.name for path in out.iterdir())
+    assert not [name for name in finished if name.endswith(".tmp")]
+    checkpoint.mkdir(parents=True)
+    no_room.finetune(tmp_path, out)
+    assert sorted(path.name for path in out.iterdir()) == finished
 
 
 def test_a_mixture_is_told(tmp_path):
