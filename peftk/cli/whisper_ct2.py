@@ -59,7 +59,7 @@ def open_whisper(folder: Path) -> tuple[nn.Module, Any]:
         model = transformers.WhisperForConditionalGeneration(_config(arrays, weights, tokenizer))
         dtype = weights["model.decoder.embed_tokens.weight"].dtype
         missing, unexpected = model.to(dtype).load_state_dict(weights, strict=False)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"--model {folder / FILE}: expected a Whisper model ({error})") from error
     if unexpected or missing != ["proj_out.weight"]:  # tied to the embedding
         raise UserError(f"--model {folder / FILE}: expected a Whisper model; it lacks {missing}, has {unexpected} beside")

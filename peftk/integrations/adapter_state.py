@@ -88,14 +88,17 @@ def read_state(model: nn.Module, path: str | os.PathLike) -> None:
     own = {MARK, RANKS}
     _check_names(adapter_state(model).keys() - state.keys() - own, state.keys() - adapter_state(model).keys() - own)
     fit_to_loaded(model, state)
-    _check_shapes(state, adapter_state(model), path)
+    _check_tensors(state, adapter_state(model), path)
     check_loaded(model, model.load_state_dict(state, strict=False))
 
 
-def _check_shapes(state: dict[str, Any], ours: dict[str, Any], path: str | os.PathLike) -> None:
-    """Before any of it is loaded."""
-    for name, tensor in ours.items():
-        theirs = state.get(name)
-        if isinstance(tensor, torch.Tensor) and theirs is not None and getattr(theirs, "shape", None) != tensor.shape:
-            got = tuple(theirs.shape) if isinstance(theirs, torch.Tensor) else type(theirs).__name__
-            raise ValueError(f"{path}: {name}: expected shape {tuple(tensor.shape)}, got {got}")
+def _check_tensors(state: dict[str, Any], ours: dict[str, Any], path: str | os.PathLike) -> None:
+    """Before any of it is loaded: tensors of floats, of the adapters' shapes."""
+    for name in [name for name, tensor in ours.items() if isinstance(tensor, torch.Tensor) and name != MARK and name in state]:
+        theirs, wanted, got = state[name], tuple(ours[name].shape), type(state[name]).__name__
+        if isinstance(theirs, torch.Tensor):
+            is_plain = theirs.layout == torch.strided and theirs.is_floating_point() and not theirs.is_meta
+            if is_plain and theirs.shape == wanted:
+                continue
+            got = f"{theirs.dtype} {tuple(theirs.shape)} on {theirs.device}"
+        raise ValueError(f"{path}: {name}: expected floats of shape {wanted}, got {got}")

@@ -79,7 +79,11 @@ class PromptConfig:
                 name: (getattr(self, name) is None or is_count(getattr(self, name)), "None or a positive integer")
                 for name in ("token_dim", "num_layers", "num_attention_heads")
             },
-            "num_transformer_submodules": (self.num_transformer_submodules in (None, 1, 2), "None, 1 or 2"),
+            "num_transformer_submodules": (
+                self.num_transformer_submodules is None
+                or (is_count(self.num_transformer_submodules) and self.num_transformer_submodules <= 2),
+                "None, 1 or 2",
+            ),
         }
 
     @classmethod

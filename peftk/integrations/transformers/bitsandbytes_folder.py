@@ -38,7 +38,7 @@ def from_bitsandbytes(
         return auto_class.from_pretrained(folder, config=config, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"folder: expected readable safetensors files in {folder}: {error}") from error
-    except TypeError as error:  # transformers takes a config's values as they are
+    except (TypeError, KeyError, AttributeError, AssertionError) as error:  # transformers takes a config's values as they are
         raise ValueError(f"folder: {folder} with these arguments makes no model: {type(error).__name__}: {error}") from error
 
 
