@@ -73,7 +73,10 @@ def open_whisper(folder: Path) -> tuple[nn.Module, Any]:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """By name, every array of a CTranslate2 file; scalars have shape (). UserError where the file can't be read."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--model {path}: {error.strerror}") from error
     at = 0
 
     def take(layout: str) -> int:
