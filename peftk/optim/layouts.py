@@ -35,9 +35,10 @@ def to_torch(state_dict: StateDict) -> StateDict:
         return {STEP: torch.tensor(float(wide[STEP])), **{m.name: wide[m.name] for m in of(state)}}
 
     check_form(state_dict)
+    states = _each(state_dict, convert)
     if other := [group for group in state_dict["param_groups"] if "eps" not in group or "alpha" in group]:
         raise ValueError(f"state_dict: expected AdamW's, got a group with {', '.join(sorted(map(str, other[0])))}")
-    return {"state": _each(state_dict, convert), "param_groups": [dict(group) for group in state_dict["param_groups"]]}
+    return {"state": states, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
 
 
 def to_bitsandbytes(state_dict: StateDict) -> StateDict:
