@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import logging
@@ -56,7 +57,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 @contextlib.contextmanager
 def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
     """Make the folder, and be its only run inside the ``with``; ``overwrite`` removes an earlier run's files and nothing else.
-    UserError where it can't be made or written to, or another run is at work there."""
+    UserError where it can't be made or written to, or another run is at work there; other errors pass."""
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,10 +74,18 @@ def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
                 remove_unfinished(folder / name)
             yield
         except OSError as error:
+            if not _is_about(folder, error):
+                raise
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
                 raise UserError(f"--out {folder}: {error}; nothing is there") from error
             raise UserError(f"--out {folder}: {error}; --resume goes on from the last checkpoint") from error
+
+
+def _is_about(folder: Path, error: OSError) -> bool:
+    """Whether it is the folder's disk that said no, or something in the folder: nothing else of a run is the folder's fault."""
+    in_folder = error.filename is not None and Path(os.fsdecode(error.filename)).resolve().is_relative_to(folder.resolve())
+    return in_folder or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager

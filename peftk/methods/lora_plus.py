@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,7 @@ def lora_plus_groups(
         ("lr_embedding", lr_embedding, 0),
         ("weight_decay", weight_decay, 0),
     ):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+        if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
             raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
     of_embeddings = {id(p) for _, layer in wrappers(model, LoraEmbedding) for p in layer.parameters()}
     groups: dict[str, dict[str, Any]] = {

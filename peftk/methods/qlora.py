@@ -21,6 +21,7 @@ from peftk.methods.qlora_recipe import qlora_recipe
 from peftk.methods.targets import TASK_HEADS, output_heads, select_whole, visible_modules
 from peftk.nn import quantizable, quantize_model
 from peftk.nn.base import check_module
+from peftk.nn.quantize_model import check_skip
 
 
 def qlora(
@@ -46,8 +47,7 @@ def qlora(
     check_module(model)
     config = qlora_recipe(model).config if config is None else config
     check_config(config)
-    if isinstance(skip, str):
-        raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
+    check_skip(skip)
     check_new_name(model, adapter_name)
     if gradient_checkpointing:
         _check_checkpointing(model)

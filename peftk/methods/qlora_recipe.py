@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ def qlora_recipe(model: nn.Module | float, **changes: Any) -> QloraRecipe:
     clipping at 0.3 for all. Keywords change the adapter's fields. Nothing of the model is changed.
     ValueError where ``model`` is neither."""
     count = report(model).total.elements if isinstance(model, nn.Module) else model
-    if isinstance(count, bool) or not isinstance(count, (int, float)) or not count > 0:
+    if isinstance(count, bool) or not isinstance(count, numbers.Real) or not count > 0:
         raise ValueError(f"model: expected an nn.Module or a number of parameters, got {model!r}")
     is_large = count >= _LARGE
     config = qlora_config(**{"lora_dropout": 0.05 if is_large else 0.1, **changes})

@@ -54,8 +54,8 @@ class NF4Linear(nn.Linear):
         int8_activations: bool = False,
     ):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+            if size < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {size}")
         check_compute_dtype(compute_dtype)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quant_type, self.int8_activations = "nf4", int8_activations

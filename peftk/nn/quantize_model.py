@@ -37,7 +37,8 @@ def quantize_model(
     that are split among processes. TypeError for a model that is itself a linear layer or experts, and for a ``skip`` that is one
     string.
     """
-    _check(model, skip)
+    check_module(model)
+    check_skip(skip)
     if _is_dense(model):
         raise TypeError("model: expected a module that holds linear layers, got a linear layer; use NF4Linear.from_linear")
     if is_experts(model):
@@ -66,14 +67,15 @@ def quantize_model(
 
 def quantizable(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> set[str]:
     """Paths of the linear layers that ``quantize_model`` would replace: each one's every path."""
-    _check(model, skip)
+    check_module(model)
+    check_skip(skip)
     shared = _shared_weights(model)
     found = ((paths, model.get_submodule(paths[0])) for paths in _Places(model, skip).found)
     return {path for paths, module in found if _is_dense(module) and id(module.weight) not in shared for path in paths}
 
 
-def _check(model: nn.Module, skip: Sequence[str]) -> None:
-    check_module(model)
+def check_skip(skip: Sequence[str]) -> None:
+    """TypeError for one string in the place of several."""
     if isinstance(skip, str):
         raise TypeError(f"skip: expected a sequence of names, got the string {skip!r}")
 

@@ -34,7 +34,7 @@ def to_torch(state_dict: StateDict) -> StateDict:
         wide = converted(state, 32)
         return {STEP: torch.tensor(float(wide[STEP])), **{m.name: wide[m.name] for m in of(state)}}
 
-    check_form(state_dict)
+    _check_form(state_dict)
     states = _each(state_dict, convert)
     if other := [group for group in state_dict["param_groups"] if "eps" not in group or "alpha" in group]:
         raise ValueError(f"state_dict: expected AdamW's, got a group with {', '.join(sorted(map(str, other[0])))}")
@@ -59,7 +59,7 @@ def to_bitsandbytes(state_dict: StateDict) -> StateDict:
         extra = BNB_TWO_STATES if "eps" in group else BNB_ONE_STATE
         return extra | {key: group[key] for key in group if key in BNB_GROUP}
 
-    check_form(state_dict)
+    _check_form(state_dict)
     return {"state": _each(state_dict, convert), "param_groups": [converted_group(group) for group in state_dict["param_groups"]]}
 
 
@@ -67,11 +67,11 @@ def from_any(state_dict: StateDict, moments: Sequence[Moment]) -> StateDict:
     """A state dict of torch's, bitsandbytes' or peftk's optimizer with these moments in peftk's layout. ValueError names the
     parameter whose state is none of these, or has what peftk can't go on with: amsgrad's maximum, other 8-bit values, blocks of
     another size; or what isn't a state dict at all."""
-    check_form(state_dict)
+    _check_form(state_dict)
     return {**state_dict, "state": {key: _ours(key, state, moments) for key, state in state_dict["state"].items()}}
 
 
-def check_form(state_dict: Any) -> None:
+def _check_form(state_dict: Any) -> None:
     """Parts of the right kinds, and no state of a parameter that no group has."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__

@@ -56,7 +56,7 @@ class Pager:
         doesn't fail for it.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if any(not isinstance(size, int) or size < 0 for size in shape):
+        if any(size < 0 for size in shape):
             raise ValueError(f"shape: expected sizes from 0 on, got {shape}")
         with self._usable():
             return self._store.empty(shape, dtype) if 0 not in shape else torch.zeros(shape, dtype=dtype, device=self.device)

@@ -175,7 +175,7 @@ def test_a_limit_that_is_too_small_is_told(backend: str):
     """Each of our own kernels, its registers held to one fewer than it has."""
     sample = matrix.covering(matrix.jobs())
     for row in [row for row in compiled(whole=False) if row.backend == backend][:2]:
-        job = next(j for j in sample if (j.op, j.backend, j.target) == (row.op, backend, row.target))
+        jobs = [job for job in sample if (job.op, job.backend, job.target) == (row.op, backend, row.target)]
         held = [dataclasses.replace(gate, registers=row.registers - 1) for gate in gates.read()]
-        again = [r for r in matrix.run(job, held) if r.kernel == row.kernel]
-        assert all(f"{row.registers} registers, allowed: {row.registers - 1}" in r.misses for r in again)
+        again = [r for job in jobs for r in matrix.run(job, held) if r.kernel == row.kernel]
+        assert again and all(f"{row.registers} registers, allowed: {row.registers - 1}" in r.misses for r in again)

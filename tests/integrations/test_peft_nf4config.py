@@ -60,6 +60,7 @@ def test_step_file_and_merge(folder: Path, tmp_path: Path, config: str, monkeypa
             model(input_ids=ids, labels=ids).loss.backward()
     assert gradients(ours) and gradients(ours).keys() == gradients(twin).keys()
     assert all(torch.equal(gradient, gradients(twin)[name]) for name, gradient in gradients(ours).items())
+    assert any(isinstance(module, NF4Linear) for module in ours.modules())
     assert calls[0] == (2 * len(each_layer(ours)) if config in ON_LAYERS else 0)
 
     ours.save_pretrained(tmp_path / "adapter")

@@ -186,7 +186,7 @@ def _read(content: bytes) -> dict[str, torch.Tensor] | None:
     from safetensors.torch import load
 
     try:
-        return load(content)
+        return dict(sorted(load(content).items()))  # safetensors has them in another order each time
     except (SafetensorError, KeyError, ValueError):
         return None
 
@@ -255,9 +255,10 @@ def in_torch(content: bytes, pick: random.Random) -> bytes:
     else:
         parts[name] = raw(parts[name], pick)
     made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", pick.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+    packing = pick.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(made, "w") as archive:
         for part, data in parts.items():
-            archive.writestr(part, data)
+            archive.writestr(zipfile.ZipInfo(part), data, packing)  # a name alone would bring the time of day
     return made.getvalue()
 
 

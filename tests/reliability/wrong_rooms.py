@@ -166,7 +166,7 @@ NN: dict[str, list[Wrong]] = {
     ],
     "Experts": [(lambda: nn.Experts.from_module(torch.nn.Linear(4, 4)), "module", "Linear")],
     "NF4Linear": [
-        (lambda: nn.NF4Linear(0, 4), "in_features", "0"),
+        (lambda: nn.NF4Linear(-1, 4), "in_features", "-1"),
         (lambda: nn.NF4Linear(64, 4, block_size=63), "block_size", "63"),
         (lambda: nn.NF4Linear(64, 4, compute_dtype=torch.int8), "compute_dtype", "int8"),
         (lambda: nn.NF4Linear.from_linear(torch.nn.ReLU()), "linear", "ReLU"),

@@ -43,7 +43,7 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """packed ceil(numel / 2) bytes, absmax (blocks,) fp32, or uint8 with absmax_scale (ceil(blocks / 256),) fp32 and
     absmax_offset () fp32 -> (shape) dtype, written to ``out`` if given. TypeError or ValueError names what doesn't fit."""
-    if any(not isinstance(size, int) or size < 0 for size in shape):
+    if any(size < 0 for size in shape):
         raise ValueError(f"shape: expected sizes from 0 on, got {tuple(shape)}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")

@@ -65,29 +65,20 @@ FEW_ROWS = 48  # as kStripsUpTo in csrc/cpu/strips_bf16.h: no panels, so weights
 
 
 def run_straight_many(x: torch.Tensor, w4: Sequence[NF4Weight], bias: Any) -> list[torch.Tensor] | None:
-    """``run_many`` for a call that ``dispatch.is_straight``, where x has few rows and nothing is to complain of; else None."""
+    """``run_straight`` for each of a list of weights, where x has few rows and nothing is to complain of; else None."""
     biases = bias if isinstance(bias, (list, tuple)) else [None] * len(w4)
     if x.dim() == 0 or x.numel() > FEW_ROWS * x.shape[-1] or len(biases) != len(w4) or not (bias is None or bias is biases):
         return None
-    outputs, ys, before = [], [], x.shape[:-1]
+    ys = []
     for weight, one in zip(w4, biases, strict=True):
         try:
-            number = straight_code(x, weight, one) if type(weight) is NF4Weight else None
+            y = run_straight(x, weight, one) if type(weight) is NF4Weight else None
         except (TypeError, ValueError):  # parts that don't fit: the checks of a list name the weight
             return None
-        if number is None:
+        if y is None:
             return None
-        n = weight.shape[0]
-        y = x.new_empty((*before, n))
-        absmax = weight.absmax.data_ptr(), address(weight.absmax_scale), address(weight.absmax_offset)
-        outputs.append(((weight.packed.data_ptr(), *absmax, n, weight.block_size, number), address(one), y.data_ptr()))
         ys.append(y)
-    if not ys:
-        return None
-    k = x.shape[-1]
-    first, stride, m = rows_of(x, k)
-    native().nf4_linear_many(outputs, k, first.data_ptr(), stride, m, NATIVE_DTYPE[x.dtype], torch.get_num_threads())
-    return ys
+    return ys or None
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
